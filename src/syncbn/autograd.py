@@ -1,0 +1,109 @@
+"""The one autograd.Function: measure → share → merge → normalise, and its mirror.
+
+Whatever this rank's input is, forward makes one all_gather of 2C + 2 numbers and backward one
+all_reduce of 2C numbers, all float64. So ranks stay in step with empty batches, other dtypes, or
+no gradient wanted on some of them.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn.functional import pad
+
+from .comm import Communicator
+from .kernels import serving
+
+
+def synchronised(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    momentum: float,
+    eps: float,
+    comm: Communicator,
+) -> Tensor:
+    """Batch normalisation of ``input`` (N, C, *) with the statistics of all ranks of ``comm``."""
+    tensors = (input, weight, bias)
+    grad_enabled = torch.is_grad_enabled()
+    wants_gradient = grad_enabled and any(t is not None and t.requires_grad for t in tensors)
+    # A rank none of whose tensors want a gradient still owes its peers a backward if one of them
+    # does. An empty tensor that wants one gives it a graph; forward takes the graph away again
+    # when the ranks turn out to agree that nobody needs it.
+    anchor = None
+    if grad_enabled and not wants_gradient:
+        anchor = torch.empty(0, device=input.device, requires_grad=True)
+    result: Tensor = _SyncBatchNorm.apply(  # type: ignore[no-untyped-call]
+        *(input, weight, bias, anchor, wants_gradient),
+        *(running_mean, running_var, momentum, eps, comm),
+    )
+    return result
+
+
+class _SyncBatchNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        anchor: Tensor | None,
+        wants_gradient: bool,
+        running_mean: Tensor | None,
+        running_var: Tensor | None,
+        momentum: float,
+        eps: float,
+        comm: Communicator,
+    ) -> Tensor:
+        kernels = serving(x.device)
+        # A header of one number before the moments: does this rank want a gradient?
+        sent = pad(kernels.measure(x), (1, 0), value=float(wants_gradient))
+        received = comm.all_gather(sent)
+        sets = received[:, 1:]
+        _check_count(x, sets, comm)
+        y, mean, invstd, count = kernels.normalise(
+            x, sets, weight, bias, running_mean, running_var, momentum, eps
+        )
+        if wants_gradient or (anchor is not None and bool(received[:, 0].any())):
+            ctx.save_for_backward(x, weight, mean, invstd, count)
+            ctx.bias_dtype = None if bias is None else bias.dtype
+            ctx.comm = comm
+        else:
+            ctx.mark_non_differentiable(y)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, mean, invstd, count = ctx.saved_tensors
+        kernels = serving(x.device)
+        local = kernels.gradient_sums(dy, x, mean, invstd)
+        total = ctx.comm.all_reduce(local)
+        wants_x, wants_weight, wants_bias = ctx.needs_input_grad[:3]
+        dx = dweight = dbias = None
+        if wants_x:
+            dx = kernels.input_gradient(dy, x, weight, mean, invstd, total, count)
+        if wants_weight:
+            dweight = local[1].to(weight.dtype)
+        if wants_bias:
+            dbias = local[0].to(ctx.bias_dtype)
+        return dx, dweight, dbias, *(None,) * 7
+
+
+def _check_count(x: Tensor, sets: Tensor, comm: Communicator) -> None:
+    """Refuse a globally single value per channel, on every rank alike.
+
+    Only a rank with at most one value of its own needs to look at the sum, which on an
+    accelerator waits for the device; if the sum is one, every rank is such a rank.
+    """
+    if x.numel() // x.shape[1] <= 1 and sets[:, 0].sum().item() == 1:
+        raise ValueError(
+            f"Expected more than 1 value per channel when training, got input size {x.shape} on "
+            f"rank {comm.rank} and 1 value per channel on all {comm.size} ranks together; "
+            "use a larger batch or call eval() on the layer"
+        )

@@ -1,0 +1,26 @@
+"""Who takes part in a layer's statistics, and how numbers travel between them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .base import Communicator, Local
+from .process_group import ProcessGroup, default_group, from_torch
+
+__all__ = ["LOCAL", "Communicator", "Local", "ProcessGroup", "default_group", "resolve"]
+
+LOCAL = Local()
+
+
+def resolve(process_group: Any) -> Communicator:
+    """The communicator that ``process_group`` stands for.
+
+    None is the default group, or this process alone where none is initialised; a Communicator is
+    itself; everything else must be a torch.distributed group or a one-dimensional DeviceMesh
+    (errors: :func:`syncbn.comm.process_group.from_torch`).
+    """
+    if process_group is None:
+        return default_group() or LOCAL
+    if isinstance(process_group, Communicator):
+        return process_group
+    return from_torch(process_group)

@@ -1,0 +1,136 @@
+"""sync_batch_norm(): validates, picks the path. The one public function."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .autograd import synchronised
+from .comm import LOCAL, resolve
+
+
+def sync_batch_norm(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = True,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    *,
+    group: Any = None,
+) -> Tensor:
+    """Batch normalisation with the statistics of the whole batch, however it is split over ranks.
+
+    ``y = (x − mean) / sqrt(var + eps) · weight + bias`` per channel, where mean and biased
+    variance are those of all ranks' values together. Gradients with respect to ``input`` account
+    for the statistics' dependence on every rank's input; gradients of ``weight`` and ``bias`` stay
+    local sums, which DistributedDataParallel averages as it does for every parameter.
+
+    Without a group of more than one rank, with ``training=False``, while tracing or exporting and
+    on the meta device this is :func:`torch.nn.functional.batch_norm` and nothing is communicated.
+
+    Args:
+        input: (N, C, *), any floating dtype and strides; N may be 0 and may differ between ranks.
+        running_mean, running_var: (C,) or None. In training they move in place by ``momentum``
+            towards the mean and the *unbiased* variance of the whole batch.
+        weight, bias: (C,) or None, of ``input``'s dtype or float32.
+        training: normalise with the batch's statistics (True) or the running ones (False).
+        momentum: in [0, 1], the weight of this batch in the running statistics.
+        eps: > 0, added to the variance.
+        group: None (the default group, if one is initialised), a torch.distributed group, a
+            one-dimensional DeviceMesh or a :class:`syncbn.comm.Communicator`.
+
+    Returns:
+        A tensor of ``input``'s shape, dtype and memory format.
+
+    Raises:
+        TypeError: an ``input`` that is no floating tensor, or a ``group`` of another type.
+        ValueError: fewer than two dimensions, no channels, sizes or devices that don't match,
+            ``momentum`` or ``eps`` out of range, a group without this rank; on every rank alike, a
+            single value per channel over all ranks.
+
+    Source: Ioffe & Szegedy 2015, https://arxiv.org/abs/1502.03167;
+    https://docs.pytorch.org/docs/stable/generated/torch.nn.SyncBatchNorm.html
+
+    Example:
+        >>> x = torch.randn(4, 3, 8, 8)
+        >>> y = syncbn.sync_batch_norm(x, None, None)
+        >>> bool(y.mean((0, 2, 3)).abs().max() < 1e-6)
+        True
+    """
+    check_options(momentum, eps)
+    check_input(input)
+    for name, tensor in (
+        ("running_mean", running_mean),
+        ("running_var", running_var),
+        ("weight", weight),
+        ("bias", bias),
+    ):
+        if tensor is not None:
+            _check_per_channel(name, tensor, input)
+    comm = resolve(group) if training and not _without_communication(input) else LOCAL
+    if comm.size == 1:
+        return F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
+    return synchronised(input, running_mean, running_var, weight, bias, momentum, eps, comm)
+
+
+def check_options(momentum: float | None, eps: float) -> None:
+    """Refuse a momentum outside [0, 1] (None is the cumulative average) and an eps ≤ 0."""
+    if momentum is not None and not 0 <= momentum <= 1:
+        raise ValueError(
+            f"sync_batch_norm: expected momentum in [0, 1], got {momentum}; it is the weight of "
+            "the new batch in the running statistics (0.1 is usual, a layer takes None for the "
+            "cumulative average)"
+        )
+    if not eps > 0:
+        raise ValueError(
+            f"sync_batch_norm: expected eps > 0, got {eps}; it keeps a constant channel from "
+            "dividing by zero (1e-5 is usual)"
+        )
+
+
+def check_input(input: Tensor) -> None:
+    """Refuse what is no floating (N, C, *) tensor with at least one channel."""
+    if not isinstance(input, Tensor):
+        raise TypeError(
+            f"sync_batch_norm: expected a torch.Tensor as input, got {type(input).__name__}"
+        )
+    if not input.dtype.is_floating_point:
+        raise TypeError(
+            f"sync_batch_norm: expected floating-point input, got {input.dtype}; "
+            "convert it first, for example input.float()"
+        )
+    if input.dim() < 2:
+        raise ValueError(
+            f"sync_batch_norm: expected at least 2D input (got {input.dim()}D input) of shape "
+            f"(N, C, *), got shape {tuple(input.shape)}; add a batch dimension with unsqueeze(0)"
+        )
+    if input.shape[1] == 0:
+        raise ValueError(
+            "sync_batch_norm: number of input channels should be non-zero, got shape "
+            f"{tuple(input.shape)}; channels are dimension 1"
+        )
+
+
+def _check_per_channel(name: str, tensor: Tensor, input: Tensor) -> None:
+    if tensor.shape != input.shape[1:2]:
+        raise ValueError(
+            f"sync_batch_norm: expected {name} of shape ({input.shape[1]},) for input of shape "
+            f"{tuple(input.shape)}, got {tuple(tensor.shape)}; channels are dimension 1 of the "
+            "input and must equal the layer's num_features"
+        )
+    if tensor.device != input.device:
+        raise ValueError(
+            f"sync_batch_norm: expected {name} on the input's device {input.device}, got "
+            f"{tensor.device}; move one of them with .to()"
+        )
+
+
+def _without_communication(input: Tensor) -> bool:
+    tracing: bool = torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
+    return input.is_meta or tracing or torch.compiler.is_exporting()

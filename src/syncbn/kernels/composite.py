@@ -1,0 +1,129 @@
+"""The four steps in plain torch operations: every device, every dtype. The specification.
+
+Every faster implementation is tested against this file. Nothing here is in place except the
+running statistics, so autograd can differentiate each step any number of times.
+
+Arithmetic runs in float32 (float64 for float64 input) on values centred at a per-channel shift
+close to their mean. The subtraction of such a shift is exact or nearly so, however large the mean
+is against the deviation; what the shift's own rounding leaves over, mean − shift, is carried in
+float64 per channel.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..moments import Moments, merge, unpack
+
+NAME = "composite"
+
+
+def wide_dtype(device: torch.device) -> torch.dtype:
+    """The dtype of per-channel statistics: float64, or float32 where the device has no float64."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+def measure(x: Tensor) -> Tensor:
+    """Packed moments (1 + 2C,) of x (N, C, *): see :mod:`syncbn.moments`."""
+    wide = wide_dtype(x.device)
+    channels = x.shape[1]
+    count = x.numel() // channels
+    if count == 0:
+        return torch.zeros(1 + 2 * channels, dtype=wide, device=x.device)
+    values, dims = _arithmetic(x), _reduced(x)
+    shift = values.detach().mean(dims)
+    centred = values - _per_channel(shift, x)
+    delta = centred.mean(dims).to(wide)
+    m2 = centred.square().sum(dims).to(wide) - count * delta.square()
+    moments = Moments(m2.new_tensor(count), shift.to(wide) + delta, m2.clamp_min(0))
+    return moments.pack()
+
+
+def normalise(
+    x: Tensor,
+    sets: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    momentum: float,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """y = (x − mean)·invstd·weight + bias with the moments of all sets together.
+
+    x: (N, C, *); sets: (k, 1 + 2C) packed moments of k sets, x among them. The running statistics,
+    where given, move by ``momentum`` towards the mean and the unbiased variance; without a single
+    value in any set they stay. Returns y like x, and per channel mean and invstd (C,) and count ().
+    """
+    count, mean, m2 = merge(unpack(sets))
+    invstd = (m2 / count.clamp_min(1) + eps).rsqrt()
+    with torch.no_grad():
+        step = momentum * (count > 0).to(count.dtype)
+        _move(running_mean, mean, step)
+        _move(running_var, m2 / (count - 1).clamp_min(1), step)
+    values = _arithmetic(x)
+    shift = mean.to(values.dtype)
+    scale = invstd if weight is None else invstd * weight.to(invstd.dtype)
+    offset = (shift.to(mean.dtype) - mean) * scale
+    if bias is not None:
+        offset = offset + bias.to(offset.dtype)
+    centred = values - _per_channel(shift, x)
+    y = torch.addcmul(_per_channel(offset, x), centred, _per_channel(scale, x))
+    return y.to(x.dtype), mean, invstd, count
+
+
+def gradient_sums(dy: Tensor, x: Tensor, mean: Tensor, invstd: Tensor) -> Tensor:
+    """(Σdy, Σdy·x̂) per channel, (2, C), where x̂ = (x − mean)·invstd. dy, x: (N, C, *)."""
+    if x.numel() == 0:
+        return mean.new_zeros(2, mean.numel())
+    gradients, values, dims = _arithmetic(dy), _arithmetic(x), _reduced(x)
+    shift = mean.to(values.dtype)
+    total = gradients.sum(dims).to(mean.dtype)
+    dot = (gradients * (values - _per_channel(shift, x))).sum(dims).to(mean.dtype)
+    return torch.stack((total, (dot + (shift.to(mean.dtype) - mean) * total) * invstd))
+
+
+def input_gradient(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    mean: Tensor,
+    invstd: Tensor,
+    sums: Tensor,
+    count: Tensor,
+) -> Tensor:
+    """dx = weight·invstd·(dy − Σdy/n − x̂·Σ(dy·x̂)/n), like x.
+
+    sums: (2, C) the gradient sums, n = count: () the number of values, of all sets together.
+    """
+    values = _arithmetic(x)
+    shift = mean.to(values.dtype)
+    scale = invstd if weight is None else invstd * weight.to(invstd.dtype)
+    average, projection = sums / count.clamp_min(1)
+    slope = -projection * invstd * scale
+    offset = (shift.to(mean.dtype) - mean) * slope - average * scale
+    centred = values - _per_channel(shift, x)
+    through_statistics = torch.addcmul(_per_channel(offset, x), centred, _per_channel(slope, x))
+    dx = torch.addcmul(through_statistics, _arithmetic(dy), _per_channel(scale, x))
+    return dx.to(x.dtype)
+
+
+def _arithmetic(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def _reduced(x: Tensor) -> tuple[int, ...]:
+    return (0, *range(2, x.dim()))
+
+
+def _per_channel(values: Tensor, x: Tensor) -> Tensor:
+    """(C,) in the dtype of the arithmetic on x and shaped to broadcast against x."""
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    return values.to(dtype).view(1, -1, *(1,) * (x.dim() - 2))
+
+
+def _move(running: Tensor | None, target: Tensor, step: Tensor) -> None:
+    if running is not None:
+        wide = running.to(target.dtype)
+        running.copy_(wide + step * (target - wide))

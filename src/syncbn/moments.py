@@ -1,0 +1,52 @@
+"""(count, mean, M2) of a set of values per channel, and how sets merge: pure mathematics.
+
+M2 is the sum of squared deviations from the mean, so the biased variance is M2 / count. Sets merge
+by the formula of Chan, Golub & LeVeque, "Updating Formulae and a Pairwise Algorithm for Computing
+Sample Variances" (1979), here for k sets at once:
+
+    n = Σ nᵢ        mean = Σ nᵢ·meanᵢ / n        M2 = Σ M2ᵢ + Σ nᵢ·(meanᵢ − mean)²
+
+E[x²] − E[x]² appears nowhere: it cancels as soon as the mean is large against the deviation.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Moments(NamedTuple):
+    """Moments of a set of values, or of several sets along leading dimensions ``*``.
+
+    count: (*,) number of values per channel; mean, m2: (*, C). All of one floating dtype
+    (float64 wherever the device has it, so that counts are exact up to 2⁵³).
+    """
+
+    count: Tensor  # type: ignore[assignment]  # it hides tuple.count
+    mean: Tensor
+    m2: Tensor
+
+    def pack(self) -> Tensor:
+        """One tensor (*, 1 + 2C): count, mean, M2. What a rank sends."""
+        return torch.cat((self.count.unsqueeze(-1), self.mean, self.m2), dim=-1)
+
+
+def unpack(packed: Tensor) -> Moments:
+    """The views of a packed tensor (*, 1 + 2C), the inverse of :meth:`Moments.pack`."""
+    channels = packed.shape[-1] // 2
+    return Moments(packed[..., 0], packed[..., 1 : 1 + channels], packed[..., 1 + channels :])
+
+
+def merge(sets: Moments) -> Moments:
+    """Moments of the union of k sets: count (k,), mean and M2 (k, C) → count (), mean and M2 (C,).
+
+    Empty sets weigh nothing; the union of empty sets has count, mean and M2 zero.
+    """
+    count = sets.count.sum()
+    divisor = count.clamp_min(1)
+    weight = sets.count.unsqueeze(-1)
+    mean = (weight * sets.mean).sum(0) / divisor
+    m2 = sets.m2.sum(0) + (weight * (sets.mean - mean).square()).sum(0)
+    return Moments(count, mean, m2)
