@@ -3,10 +3,10 @@
 Every faster implementation is tested against this file. Nothing here is in place except the
 running statistics, so autograd can differentiate each step any number of times.
 
-Arithmetic runs in float32 (float64 for float64 input) on values centred at a per-channel shift
-close to their mean. The subtraction of such a shift is exact or nearly so, however large the mean
-is against the deviation; what the shift's own rounding leaves over, mean − shift, is carried in
-float64 per channel.
+Elements are computed in float32 (float64 for float64 input) on values centred at a per-channel
+shift close to their mean. The subtraction of such a shift is exact or nearly so, however large the
+mean is against the deviation. Everything per channel, sums and what the shift's own rounding leaves
+over (mean − shift) among it, is float64.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ def measure(x: Tensor) -> Tensor:
     values, dims = _arithmetic(x), _reduced(x)
     shift = values.detach().mean(dims)
     centred = values - _per_channel(shift, x)
-    delta = centred.mean(dims).to(wide)
-    m2 = centred.square().sum(dims).to(wide) - count * delta.square()
+    delta = centred.sum(dims, dtype=wide) / count
+    m2 = centred.square().sum(dims, dtype=wide) - count * delta.square()
     moments = Moments(m2.new_tensor(count), shift.to(wide) + delta, m2.clamp_min(0))
     return moments.pack()
 
@@ -79,8 +79,8 @@ def gradient_sums(dy: Tensor, x: Tensor, mean: Tensor, invstd: Tensor) -> Tensor
         return mean.new_zeros(2, mean.numel())
     gradients, values, dims = _arithmetic(dy), _arithmetic(x), _reduced(x)
     shift = mean.to(values.dtype)
-    total = gradients.sum(dims).to(mean.dtype)
-    dot = (gradients * (values - _per_channel(shift, x))).sum(dims).to(mean.dtype)
+    total = gradients.sum(dims, dtype=mean.dtype)
+    dot = (gradients * (values - _per_channel(shift, x))).sum(dims, dtype=mean.dtype)
     return torch.stack((total, (dot + (shift.to(mean.dtype) - mean) * total) * invstd))
 
 

@@ -1,0 +1,144 @@
+"""Every implementation of the four steps against the oracle, one device, several sets."""
+
+from __future__ import annotations
+
+import oracle
+import pytest
+import torch
+from cases import Case, laid_out, layouts, strides
+
+from syncbn import kernels
+from syncbn.kernels import composite
+from syncbn.moments import unpack
+
+IMPLEMENTATIONS = [composite]
+SHAPES = [(7, 3), (1, 5, 9), (6, 4, 5, 3), (2, 3, 4, 3, 2), (64, 1, 33, 17)]
+
+
+@pytest.fixture(params=IMPLEMENTATIONS, ids=lambda module: module.NAME)
+def implementation(request):
+    return request.param
+
+
+def whole_step(k, x, dy, weight, bias, pieces=1, eps=1e-5):
+    """Forward and backward over ``pieces`` sets that are together the batch."""
+    xs, dys = x.tensor_split(pieces), dy.tensor_split(pieces)
+    sets = torch.stack([k.measure(piece) for piece in xs])
+    forward = [k.normalise(piece, sets, weight, bias, None, None, 0.1, eps) for piece in xs]
+    _, mean, invstd, count = forward[0]
+    sums = sum(k.gradient_sums(d, p, mean, invstd) for d, p in zip(dys, xs, strict=True))
+    dxs = [
+        k.input_gradient(d, p, weight, mean, invstd, sums, count)
+        for d, p in zip(dys, xs, strict=True)
+    ]
+    return torch.cat([y for y, *_ in forward]), torch.cat(dxs), sums, mean, invstd
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", list(oracle.TOLERANCE), ids=str)
+@pytest.mark.parametrize("pieces", [1, 3])
+def test_the_four_steps_equal_the_oracle(implementation, shape, dtype, pieces):
+    for layout in layouts(len(shape)):
+        case = Case(split=shape[:1], channels=shape[1], spatial=shape[2:], dtype=dtype, offset=3.0)
+        x, dy, weight, bias = case.batch()
+        x = laid_out(x, layout)
+        y, dx, sums, mean, invstd = whole_step(implementation, x, dy, weight, bias, pieces)
+        expected = oracle.batch_norm(x, dy, weight, bias)
+        oracle.assert_close(y, expected.y, factor=4)
+        oracle.assert_close(dx, expected.dx, factor=10)
+        wide = {"dtype": torch.float64 if dtype == torch.float64 else torch.float32}
+        oracle.assert_close(sums[0], expected.dbias, **wide, factor=10)
+        oracle.assert_close(sums[1], expected.dweight, **wide, factor=10)
+        oracle.assert_close(mean, expected.mean, **wide)
+        oracle.assert_close(invstd, (expected.var + 1e-5).rsqrt(), **wide)
+
+
+def test_statistics_are_wide_and_packed(implementation):
+    x = torch.randn(4, 3, 5, dtype=torch.bfloat16)
+    measured = implementation.measure(x)
+    assert (measured.dtype, measured.shape) == (torch.float64, (7,))
+    assert measured[0] == 20
+    assert implementation.measure(x[:0]).tolist() == [0.0] * 7
+
+
+@pytest.mark.parametrize("ratio", [0.0, 1e2, 1e4, 1e6])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "transposed"])
+def test_statistics_at_a_mean_far_from_zero(implementation, ratio, layout):
+    x = laid_out(torch.randn(4, 3, 64, 65) + ratio, layout)
+    _, mean, m2 = unpack(implementation.measure(x))
+    values = x.double()
+    expected = values.mean((0, 2, 3))
+    m2_expected = (values - expected.view(1, 3, 1, 1)).square().sum((0, 2, 3))
+    torch.testing.assert_close(mean, expected, rtol=1e-13, atol=1e-7)
+    torch.testing.assert_close(m2, m2_expected, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("constant", [0.0, 0.1, 1e6, -7.3])
+def test_a_constant_channel_has_no_variance(implementation, constant):
+    x = torch.full((5, 2, 7, 3), constant)
+    _, mean, m2 = unpack(implementation.measure(x))
+    assert (m2 >= 0).all()
+    torch.testing.assert_close(mean, x.double().mean((0, 2, 3)), rtol=1e-12, atol=0)
+    assert (m2 <= 1e-12 * max(1, constant**2)).all()
+
+
+def test_running_statistics_move_in_their_own_dtype(implementation):
+    x = torch.randn(6, 3, 5) * 2 + 1
+    for dtype in (torch.float64, torch.float32, torch.bfloat16):
+        mean, var = torch.full((3,), 0.5, dtype=dtype), torch.full((3,), 2.0, dtype=dtype)
+        sets = implementation.measure(x).unsqueeze(0)
+        implementation.normalise(x, sets, None, None, mean, var, 0.25, 1e-5)
+        expected = oracle.batch_norm(x, x).running(0.5, 2.0, 0.25)
+        oracle.assert_close(
+            mean, expected[0], dtype=max(dtype, torch.float32, key=oracle.TOLERANCE.get)
+        )
+        oracle.assert_close(
+            var, expected[1], dtype=max(dtype, torch.float32, key=oracle.TOLERANCE.get)
+        )
+
+
+def test_running_statistics_stay_when_every_set_is_empty(implementation):
+    x = torch.empty(0, 3, 4)
+    mean, var = torch.full((3,), 0.5), torch.full((3,), 2.0)
+    sets = implementation.measure(x).expand(2, 7)
+    y, *_ = implementation.normalise(x, sets, None, None, mean, var, 0.1, 1e-5)
+    assert y.shape == x.shape
+    assert mean.tolist() == [0.5] * 3
+    assert var.tolist() == [2.0] * 3
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "strided", "transposed", "channels_last"])
+def test_layout_of_output_and_gradient_is_the_inputs(implementation, layout):
+    x = laid_out(torch.randn(4, 3, 5, 6), layout)
+    dy = torch.randn(4, 1, 1, 1).expand(4, 3, 5, 6)
+    y, mean, invstd, count = implementation.normalise(
+        x, implementation.measure(x).unsqueeze(0), None, None, None, None, 0.1, 1e-5
+    )
+    sums = implementation.gradient_sums(dy, x, mean, invstd)
+    dx = implementation.input_gradient(dy, x, None, mean, invstd, sums, count)
+    assert strides(y) == strides(dx) == strides(torch.empty_like(x))
+
+
+def test_the_specification_is_differentiable_twice():
+    """gradcheck knows the formulas of the backward steps to be the gradient of the forward ones."""
+    weight = torch.rand(2, dtype=torch.float64) + 0.5
+    bias = torch.randn(2, dtype=torch.float64)
+
+    def forward(x, weight, bias):
+        sets = composite.measure(x).unsqueeze(0)
+        return composite.normalise(x, sets, weight, bias, None, None, 0.1, 1e-3)[0]
+
+    x = torch.randn(4, 2, 3, dtype=torch.float64)
+    inputs = [t.requires_grad_() for t in (x, weight, bias)]
+    assert torch.autograd.gradcheck(forward, inputs)
+    assert torch.autograd.gradgradcheck(forward, inputs)
+
+
+def test_devices_without_float64_keep_statistics_in_float32():
+    assert composite.wide_dtype(torch.device("mps")) == torch.float32
+    assert composite.wide_dtype(torch.device("cuda")) == torch.float64
+
+
+def test_the_composite_serves_every_device():
+    for device in ("cpu", "cuda", "xpu", "mps", "meta"):
+        assert kernels.serving(torch.device(device)).NAME == "composite"
