@@ -31,11 +31,11 @@ def measure(x: Tensor) -> Tensor:
     count = x.numel() // channels
     if count == 0:
         return torch.zeros(1 + 2 * channels, dtype=wide, device=x.device)
-    values, dims = _arithmetic(x), _reduced(x)
-    shift = values.detach().mean(dims)
+    values = _arithmetic(x)
+    shift = values.detach().mean(_reduced(x))
     centred = values - _per_channel(shift, x)
-    delta = centred.sum(dims, dtype=wide) / count
-    m2 = centred.square().sum(dims, dtype=wide) - count * delta.square()
+    delta = _sum(centred, wide) / count
+    m2 = _sum(centred.square(), wide) - count * delta.square()
     moments = Moments(m2.new_tensor(count), shift.to(wide) + delta, m2.clamp_min(0))
     return moments.pack()
 
@@ -77,10 +77,10 @@ def gradient_sums(dy: Tensor, x: Tensor, mean: Tensor, invstd: Tensor) -> Tensor
     """(Σdy, Σdy·x̂) per channel, (2, C), where x̂ = (x − mean)·invstd. dy, x: (N, C, *)."""
     if x.numel() == 0:
         return mean.new_zeros(2, mean.numel())
-    gradients, values, dims = _arithmetic(dy), _arithmetic(x), _reduced(x)
+    gradients, values = _arithmetic(dy), _arithmetic(x)
     shift = mean.to(values.dtype)
-    total = gradients.sum(dims, dtype=mean.dtype)
-    dot = (gradients * (values - _per_channel(shift, x))).sum(dims, dtype=mean.dtype)
+    total = _sum(gradients, mean.dtype)
+    dot = _sum(gradients * (values - _per_channel(shift, x)), mean.dtype)
     return torch.stack((total, (dot + (shift.to(mean.dtype) - mean) * total) * invstd))
 
 
@@ -115,6 +115,15 @@ def _arithmetic(x: Tensor) -> Tensor:
 
 def _reduced(x: Tensor) -> tuple[int, ...]:
     return (0, *range(2, x.dim()))
+
+
+def _sum(values: Tensor, wide: torch.dtype) -> Tensor:
+    """Sum per channel: torch adds float32 pairwise in the usual layouts, one by one in others."""
+    pairwise = values.is_contiguous() or (
+        (values.dim() == 4 and values.is_contiguous(memory_format=torch.channels_last))
+        or (values.dim() == 5 and values.is_contiguous(memory_format=torch.channels_last_3d))
+    )
+    return values.sum(_reduced(values), dtype=None if pairwise else wide).to(wide)
 
 
 def _per_channel(values: Tensor, x: Tensor) -> Tensor:
