@@ -7,8 +7,10 @@ import pytest
 import torch
 from ranks import Worlds
 
-hypothesis.settings.register_profile("syncbn", deadline=None, derandomize=True, print_blob=True)
-hypothesis.settings.load_profile("syncbn")
+common = {"deadline": None, "print_blob": True}
+hypothesis.settings.register_profile("quick", max_examples=200, derandomize=True, **common)
+hypothesis.settings.register_profile("thorough", max_examples=3000, **common)
+hypothesis.settings.load_profile("quick")
 
 
 @pytest.fixture(scope="session")

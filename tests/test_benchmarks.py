@@ -37,6 +37,16 @@ def test_layer_prints_a_table():
     assert "2×3×4×5" in result.stdout
 
 
+def test_collectives_prints_json():
+    command = [sys.executable, str(ROOT / "benchmarks/collectives.py"), "--json"]
+    options = ["--ranks", "2", "--numel", "5", "--rounds", "2"]
+    result = subprocess.run(
+        [*command, *options], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    assert json.loads(result.stdout)["2"].keys() == {"gather", "reduce", "reduce_by_gathering"}
+
+
 def test_layer_refuses_a_bad_shape():
     result = run("--shape", "2,3")
     assert result.returncode == 2

@@ -1,15 +1,15 @@
 """convert() and revert(): walk a model, swap the classes of its layers, lose nothing.
 
-A layer changes its class in place and stays the same object, as lazy modules do when they become
-what they stand for. Parameters, buffers, hooks, flags, user attributes, sharing, and whoever holds
-a reference to the layer are therefore untouched by construction.
+A layer stays the same object and only changes its class, as torch's lazy modules do: parameters,
+buffers, hooks, attributes, sharing and references to it are untouched by construction.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
-from typing import Any, TypeVar
+from collections.abc import Callable, Container
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
 
 import torch.nn as nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -30,15 +30,13 @@ _TARGETS: dict[type[nn.Module], type[SyncBatchNorm]] = {
     nn.LazyBatchNorm2d: modules.LazySyncBatchNorm2d,
     nn.LazyBatchNorm3d: modules.LazySyncBatchNorm3d,
 }
-# Layers that were never converted revert to the torch class they stand in for.
-_STANDS_FOR = {target: source for source, target in _TARGETS.items()}
-
 # What a subclass may define without behaving differently from its base.
 _HARMLESS = {
     "__annotate__",
     "__annotate_func__",
     "__annotations__",
     "__annotations_cache__",
+    "__conditional_annotations__",
     "__doc__",
     "__firstlineno__",
     "__init__",
@@ -47,6 +45,7 @@ _HARMLESS = {
     "__parameters__",
     "__qualname__",
     "__static_attributes__",
+    "__type_params__",
 }
 
 
@@ -62,8 +61,7 @@ def register_conversion(source: type[nn.Module], target: type[SyncBatchNorm]) ->
         source: the class that models contain.
         target: a subclass of :class:`SyncBatchNorm` that works on ``source``'s attributes.
 
-    Raises:
-        TypeError: ``source`` is no Module class or ``target`` no SyncBatchNorm class.
+    Raises TypeError where ``source`` is no Module class or ``target`` no SyncBatchNorm class.
 
     Example:
         >>> class BatchNormReLU(torch.nn.BatchNorm2d):
@@ -90,12 +88,12 @@ def convert(
     process_group: Any = None,
     *,
     where: Callable[[str, nn.Module], bool] | None = None,
+    _stacklevel: int = 2,
 ) -> ModuleT:
     """Turn every torch BatchNorm1d/2d/3d, its Lazy form and torch.nn.SyncBatchNorm into syncbn's.
 
-    In place: each layer stays the same object with the same parameters, buffers, hooks and
-    attributes, only its class changes. Works before or after wrapping in DistributedDataParallel,
-    and with optimizers that exist already. :func:`revert` undoes it.
+    In place: each layer stays the same object, only its class changes. Works before or after
+    wrapping in DistributedDataParallel, with optimizers that exist. :func:`revert` undoes it.
 
     Subclasses that change behaviour are left alone and named in one warning;
     :func:`register_conversion` teaches convert what to do with them.
@@ -125,17 +123,22 @@ def convert(
             f"{type(where).__name__}"
         )
     resolve(process_group)
-    left_alone = []
     candidates: tuple[type[nn.Module], ...] = (_BatchNorm, *_TARGETS)
-    for name, layer in module.named_modules():
-        if not isinstance(layer, candidates) or (where and not where(name, layer)):
-            continue
+    layers = [
+        (name, layer)
+        for name, layer in module.named_modules()
+        if isinstance(layer, candidates) and (where is None or where(name, layer))
+    ]
+    left_alone = []
+    for name, layer in layers:
         if not isinstance(layer, SyncBatchNorm):
-            source = _convertible_as(type(layer))
+            source = _differs_by_constructor_only(type(layer), _TARGETS)
             if source is None:
-                left_alone.append(f"{name or 'the module itself'} ({_qualified(type(layer))})")
+                left_alone.append(_described(name, layer))
                 continue
-            _become(layer, _TARGETS[source], _converted_from=type(layer))
+            target = _TARGETS[source]
+            origin = _Origin(type(layer), target, getattr(layer, "process_group", None))
+            _become(layer, target, _origin=origin)
         if process_group is not None:
             layer.process_group = process_group
     if left_alone:
@@ -143,7 +146,7 @@ def convert(
             "convert: left alone, because their classes override BatchNorm's behaviour: "
             f"{', '.join(left_alone)}. Use syncbn.register_conversion(cls, sync_cls) to convert "
             "them, or where= to leave them out",
-            stacklevel=2,
+            stacklevel=_stacklevel,
         )
     return module
 
@@ -151,18 +154,16 @@ def convert(
 def revert(module: ModuleT) -> ModuleT:
     """Give every syncbn layer back the class that :func:`convert` found, in place.
 
-    ``revert(convert(m))`` is ``m`` as it was. Layers that were built as syncbn layers become the
+    ``revert(convert(m))`` is ``m`` as it was. Classes that convert did not assign (parametrized or
+    sharded since, or subclasses with behaviour of their own) are left alone and named in one
+    warning. Layers that were built as syncbn layers become the
     torch class they stand in for: BatchNorm1d/2d/3d, or torch.nn.SyncBatchNorm for
     :class:`SyncBatchNorm`. For inference and export with tools that know torch's classes.
 
     Args:
-        module: a model, or a single layer.
+        module: a model, or a single layer. Returned.
 
-    Returns:
-        ``module`` itself.
-
-    Raises:
-        TypeError: ``module`` is no Module.
+    Raises TypeError where it is no Module.
 
     Example:
         >>> layer = syncbn.revert(syncbn.SyncBatchNorm2d(8))
@@ -170,32 +171,68 @@ def revert(module: ModuleT) -> ModuleT:
         'BatchNorm2d'
     """
     _check_module("revert", module)
-    for layer in module.modules():
+    left_alone = []
+    for name, layer in module.named_modules():
         if not isinstance(layer, SyncBatchNorm):
             continue
-        source = vars(layer).pop("_converted_from", None) or _stands_for(type(layer))
-        if source is None:
+        origin = vars(layer).get("_origin") or _stands_for(type(layer))
+        if origin is None or type(layer) not in (origin.target, _materialised(origin.target)):
+            left_alone.append(_described(name, layer))
             continue
-        if not isinstance(layer, LazyModuleMixin) and issubclass(source, LazyModuleMixin):
-            source = source.cls_to_become  # converted while lazy, materialised since
-        if not issubclass(source, nn.SyncBatchNorm):
-            vars(layer).pop("process_group", None)
+        lazy = isinstance(layer, LazyModuleMixin)
+        source = origin.source if lazy else _materialised(origin.source)
+        for attribute in ("_origin", "process_group"):
+            vars(layer).pop(attribute, None)
+        if issubclass(source, nn.SyncBatchNorm):
+            layer.process_group = origin.process_group
         _become(layer, source)
+    if left_alone:
+        warnings.warn(
+            "revert: left alone, because convert did not give them their classes: "
+            f"{', '.join(left_alone)}. Use syncbn.register_conversion(cls, sync_cls) to say what "
+            "they stand for",
+            stacklevel=2,
+        )
     return module
 
 
-def _convertible_as(cls: type) -> type[nn.Module] | None:
-    """The registered class that ``cls`` is, or differs from by nothing but its constructor."""
+@dataclass(frozen=True)
+class _Origin:
+    """What a converted layer was: its class, the class it got, the group it had."""
+
+    source: type[nn.Module]
+    target: type[nn.Module]
+    process_group: Any = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Origin:
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Origin, (self.source, self.target)  # a pickle carries no group
+
+
+def _stands_for(cls: type) -> _Origin | None:
+    """What a layer built as ``cls`` reverts to: the first class registered to become it."""
+    sources: dict[type, type[nn.Module]] = {}
+    for source, target in _TARGETS.items():
+        sources.setdefault(target, source)
+    target = _differs_by_constructor_only(cls, sources)
+    return None if target is None else _Origin(sources[target], cls)
+
+
+def _materialised(cls: Any) -> Any:
+    """What a lazy class becomes; another class itself."""
+    return cls.cls_to_become if issubclass(cls, LazyModuleMixin) else cls
+
+
+def _differs_by_constructor_only(cls: type, known: Container[type]) -> Any:
+    """The first class in ``known`` that ``cls`` is or derives from without other behaviour."""
     for base in cls.__mro__:
-        if base in _TARGETS:
-            return base
-        if not _HARMLESS.issuperset(vars(base)):
-            return None
+        if base in known:
+            added = (extra for extra in cls.__mro__ if extra not in base.__mro__)
+            harmless = all(_HARMLESS.issuperset(vars(extra)) or extra is Generic for extra in added)
+            return base if harmless else None
     return None
-
-
-def _stands_for(cls: type) -> Any:
-    return next((_STANDS_FOR[base] for base in cls.__mro__ if base in _STANDS_FOR), None)
 
 
 def _become(layer: nn.Module, cls: type[nn.Module], **attributes: Any) -> None:
@@ -208,5 +245,6 @@ def _check_module(operation: str, module: object) -> None:
         raise TypeError(f"{operation}: expected a torch.nn.Module, got {type(module).__name__}")
 
 
-def _qualified(cls: type) -> str:
-    return f"{cls.__module__}.{cls.__qualname__}"
+def _described(name: str, layer: nn.Module) -> str:
+    cls = type(layer)
+    return f"{name or 'the module itself'} ({cls.__module__}.{cls.__qualname__})"

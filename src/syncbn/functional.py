@@ -63,25 +63,28 @@ def sync_batch_norm(
         >>> bool(y.mean((0, 2, 3)).abs().max() < 1e-6)
         True
     """
-    check_options(momentum, eps)
-    check_input(input)
-    for name, tensor in (
-        ("running_mean", running_mean),
-        ("running_var", running_var),
-        ("weight", weight),
-        ("bias", bias),
-    ):
-        if tensor is not None:
-            _check_per_channel(name, tensor, input)
-    comm = resolve(group) if training and not _without_communication(input) else LOCAL
+    tracing: bool = torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
+    if not tracing:  # a trace would record the checks, with warnings
+        check_options(momentum, eps)
+        check_input(input)
+        for name, tensor in (
+            ("running_mean", running_mean),
+            ("running_var", running_var),
+            ("weight", weight),
+            ("bias", bias),
+        ):
+            if tensor is not None:
+                _check_per_channel(name, tensor, input)
+    silent = not training or tracing or input.is_meta or torch.compiler.is_exporting()
+    comm = LOCAL if silent else resolve(group)
     if comm.size == 1:
         return F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
     return synchronised(input, running_mean, running_var, weight, bias, momentum, eps, comm)
 
 
-def check_options(momentum: float | None, eps: float) -> None:
-    """Refuse a momentum outside [0, 1] (None is the cumulative average) and an eps ≤ 0."""
-    if momentum is not None and not 0 <= momentum <= 1:
+def check_options(momentum: float, eps: float) -> None:
+    """Refuse a momentum outside [0, 1] and an eps ≤ 0."""
+    if momentum is None or not 0 <= momentum <= 1:
         raise ValueError(
             f"sync_batch_norm: expected momentum in [0, 1], got {momentum}; it is the weight of "
             "the new batch in the running statistics (0.1 is usual, a layer takes None for the "
@@ -117,20 +120,20 @@ def check_input(input: Tensor) -> None:
         )
 
 
-def _check_per_channel(name: str, tensor: Tensor, input: Tensor) -> None:
-    if tensor.shape != input.shape[1:2]:
+def check_shape(name: str, shape: tuple[int, ...], input: Tensor) -> None:
+    """Refuse a shape that isn't (C,) for input (N, C, *)."""
+    if shape != input.shape[1:2]:
         raise ValueError(
             f"sync_batch_norm: expected {name} of shape ({input.shape[1]},) for input of shape "
-            f"{tuple(input.shape)}, got {tuple(tensor.shape)}; channels are dimension 1 of the "
-            "input and must equal the layer's num_features"
+            f"{tuple(input.shape)}, got {tuple(shape)}; channels are dimension 1 of the input and "
+            "must equal the layer's num_features"
         )
+
+
+def _check_per_channel(name: str, tensor: Tensor, input: Tensor) -> None:
+    check_shape(name, tensor.shape, input)
     if tensor.device != input.device:
         raise ValueError(
             f"sync_batch_norm: expected {name} on the input's device {input.device}, got "
             f"{tensor.device}; move one of them with .to()"
         )
-
-
-def _without_communication(input: Tensor) -> bool:
-    tracing: bool = torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
-    return input.is_meta or tracing or torch.compiler.is_exporting()

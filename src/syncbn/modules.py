@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 import torch.nn as nn
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm, _LazyNormBase
-from torch.nn.parameter import is_lazy
+from torch.nn.parameter import UninitializedBuffer, is_lazy
 
 from .comm import LOCAL, default_group, resolve
-from .functional import check_input, check_options, sync_batch_norm
+from .functional import check_input, check_options, check_shape, sync_batch_norm
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -21,15 +21,13 @@ if TYPE_CHECKING:
 class SyncBatchNorm(_BatchNorm):
     """Batch normalisation of (N, C, *) with the statistics of all ranks' batches together.
 
-    A drop-in for :class:`torch.nn.BatchNorm1d`, ``2d``, ``3d`` and
-    :class:`torch.nn.SyncBatchNorm`: same arguments, attributes and state dict, on any device.
+    A drop-in for torch's BatchNorm and SyncBatchNorm: same arguments, attributes, state dict.
     Formula, gradients and when ranks communicate: :func:`syncbn.sync_batch_norm`.
 
     Args:
         num_features: C, the size of the input's dimension 1.
         eps: > 0, added to the variance.
-        momentum: weight of a new batch in the running statistics, in [0, 1]; None for the
-            cumulative average.
+        momentum: weight of a new batch in running statistics, in [0, 1]; None for their average.
         affine: learn a weight and a bias (C,) per channel.
         track_running_stats: keep running_mean, running_var (C,) and num_batches_tracked () for
             eval mode; otherwise eval mode too uses the statistics of its (local) batch.
@@ -43,8 +41,7 @@ class SyncBatchNorm(_BatchNorm):
         (N, C, *) → (N, C, *), of the same dtype and memory format. N may be 0 on some ranks.
 
     Raises:
-        ValueError: ``momentum`` or ``eps`` out of range, or a group that this rank is not in.
-        TypeError: a ``process_group`` of another type.
+        ValueError, TypeError: as :func:`syncbn.sync_batch_norm`, for options at construction.
 
     Source: https://docs.pytorch.org/docs/stable/generated/torch.nn.SyncBatchNorm.html
 
@@ -71,7 +68,7 @@ class SyncBatchNorm(_BatchNorm):
         *,
         bias: bool = True,
     ) -> None:
-        check_options(momentum, eps)
+        check_options(0.0 if momentum is None else momentum, eps)
         resolve(process_group)
         super().__init__(
             num_features, eps, momentum, affine, track_running_stats, device=device, dtype=dtype
@@ -83,6 +80,9 @@ class SyncBatchNorm(_BatchNorm):
     def forward(self, input: Tensor) -> Tensor:
         self._check_input_dim(input)
         mean, var = self.running_mean, self.running_var
+        if self.weight is None and mean is None:  # no tensor that would tell
+            check_input(input)
+            check_shape("statistics", (self.num_features,), input)
         training = self.training or (mean is None and var is None)
         counter = None
         if self.training:
@@ -120,17 +120,21 @@ class SyncBatchNorm(_BatchNorm):
         """:func:`syncbn.convert` by the name and signature that torch gives it."""
         from .convert import convert  # convert.py is above: it needs these classes
 
-        return convert(module, process_group)
+        return convert(module, process_group, _stacklevel=3)
 
     def extra_repr(self) -> str:
         world = default_group()
         torchs: str = super().extra_repr()  # type: ignore[no-untyped-call]
         text = f"{torchs}, world_size={world.size if world else 1}"
-        if self.process_group is not None:
-            text += f", group_size={resolve(self.process_group).size}"
-        return text
+        try:
+            comm = resolve(self.process_group)
+        except ValueError:  # destroyed since
+            return f"{text}, group_size=unavailable"
+        return text if comm in (world, LOCAL) else f"{text}, group_size={comm.size}"
 
     def _check_input_dim(self, input: Tensor) -> None:
+        if not isinstance(input, Tensor):
+            return  # sync_batch_norm says what is wrong
         if self._dims and input.dim() not in self._dims:
             expected = " or ".join(f"{dim}D" for dim in self._dims)
             raise ValueError(
@@ -153,7 +157,8 @@ class SyncBatchNorm(_BatchNorm):
 
     def __getstate__(self) -> dict[str, Any]:
         state = dict(self.__dict__)
-        if state.pop("process_group", None) is not None:
+        if state.get("process_group") is not None:
+            state["process_group"] = None
             warnings.warn(
                 f"{type(self).__name__} is pickled without its process group; set "
                 "layer.process_group after loading, or the default group is used",
@@ -210,12 +215,22 @@ class LazySyncBatchNorm(_LazyNormBase, SyncBatchNorm):
     def initialize_parameters(self, input: Tensor) -> None:
         check_input(input)
         self._check_input_dim(input)
+        fresh = self.has_uninitialized_params()
         self.num_features = input.shape[1]
-        if self.has_uninitialized_params():
-            for tensor in (*self._parameters.values(), *self._buffers.values()):
-                if tensor is not None and is_lazy(tensor):
-                    tensor.materialize((self.num_features,))
+        for tensor in (*self._parameters.values(), *self._buffers.values()):
+            if tensor is not None and is_lazy(tensor):
+                tensor.materialize((self.num_features,))
+            elif tensor is not None and tensor.dim() == 1:  # a loaded state dict has decided
+                self.num_features = tensor.numel()
+        if fresh:
             self.reset_parameters()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        for buffer in self._buffers.values():
+            if buffer is not None and is_lazy(buffer):  # torch cannot copy these
+                like = {"device": buffer.device, "dtype": buffer.dtype}
+                memo[id(buffer)] = UninitializedBuffer(**like)  # type: ignore[arg-type]
+        return super().__deepcopy__(memo)
 
 
 class LazySyncBatchNorm1d(LazySyncBatchNorm, SyncBatchNorm1d):

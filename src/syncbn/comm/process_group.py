@@ -15,12 +15,22 @@ _REMEDY = (
     "a one-dimensional DeviceMesh or a syncbn.comm.Communicator"
 )
 
+# On the CPU a collective's time is that of its messages one after the other: gathering takes half
+# as many as gloo's all_reduce (benchmarks/collectives.py), as long as there are few.
+_FEW = 8
+
 
 class ProcessGroup(Communicator):
     """A torch.distributed process group (gloo, nccl, ucc, mpi, …)."""
 
     def __init__(self, group: dist.ProcessGroup) -> None:
         self.group = group
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, ProcessGroup) and other.group is self.group
+
+    def __hash__(self) -> int:
+        return hash(self.group)
 
     @property
     def rank(self) -> int:
@@ -37,6 +47,8 @@ class ProcessGroup(Communicator):
         return gathered
 
     def all_reduce(self, tensor: Tensor) -> Tensor:
+        if tensor.device.type == "cpu" and self.size <= _FEW:
+            return self.all_gather(tensor).sum(0)
         total = tensor.clone()
         dist.all_reduce(total, group=self.group)
         return total
@@ -63,16 +75,17 @@ def from_torch(group: Any) -> ProcessGroup:
             f"process_group: got {group!r}, but this build of torch has no torch.distributed; "
             "pass None or a syncbn.comm.Communicator"
         )
-    # torch hands -100 (before 2.7: another object) to a rank that new_group() leaves out.
-    if group is dist.GroupMember.NON_GROUP_MEMBER or group == dist.GroupMember.NON_GROUP_MEMBER:
-        raise ValueError(_not_a_member("the group given"))
-    if not isinstance(group, (dist.ProcessGroup, DeviceMesh)):
+    # What new_group() hands to a rank that it leaves out is a number (-100).
+    left_out = isinstance(group, int) and group == dist.GroupMember.NON_GROUP_MEMBER
+    if not left_out and not isinstance(group, (dist.ProcessGroup, DeviceMesh)):
         raise TypeError(f"process_group: got {type(group).__name__}; {_REMEDY}")
     if not dist.is_initialized():
         raise ValueError(
-            f"process_group: got a {type(group).__name__}, but the default process group is not "
+            f"process_group: got a torch.distributed group, but the default group is not "
             "initialised (or was destroyed); call torch.distributed.init_process_group first"
         )
+    if left_out:
+        raise ValueError(_not_a_member("the group given"))
     if isinstance(group, DeviceMesh):
         if group.ndim != 1:
             raise ValueError(

@@ -1,0 +1,75 @@
+"""Time one layer's exchange over gloo: gathering, reducing, and reducing by gathering.
+
+    python benchmarks/collectives.py --ranks 2 --ranks 4 --numel 513
+
+The ways run in turn, round after round; figures are the median of rank 0 in microseconds and half
+the distance between the quartiles.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+from pathlib import Path
+
+import click
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from layer import interleaved, summary
+from rich.console import Console
+from rich.table import Table
+
+
+def run_rank(rank: int, ranks: int, numel: int, rounds: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    store = f"file://{folder}/store"
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=ranks)
+    tensor = torch.ones(numel, dtype=torch.float64)
+
+    def gather() -> torch.Tensor:
+        gathered = tensor.new_empty(ranks, numel)
+        dist.all_gather(list(gathered.unbind(0)), tensor)
+        return gathered
+
+    def reduce() -> None:
+        dist.all_reduce(tensor.clone())
+
+    def reduce_by_gathering() -> None:
+        gather().sum(0)
+
+    steps = {f.__name__: f for f in (gather, reduce, reduce_by_gathering)}
+    times = interleaved(steps, rounds)
+    if rank == 0:
+        rows = {name: summary(values, times["reduce"]) for name, values in times.items()}
+        Path(folder, "rows.json").write_text(json.dumps(rows))
+    dist.destroy_process_group()
+
+
+@click.command(help=__doc__)
+@click.option("--ranks", type=click.IntRange(2), multiple=True, default=(2, 4), show_default=True)
+@click.option("--numel", type=click.IntRange(1), default=513, show_default=True, help="of float64")
+@click.option("--rounds", type=click.IntRange(2), default=300, show_default=True)
+@click.option("--json", "as_json", is_flag=True, help="print JSON instead of the table")
+def main(ranks: tuple[int, ...], numel: int, rounds: int, as_json: bool) -> None:
+    results = {}
+    for count in ranks:
+        with tempfile.TemporaryDirectory() as folder:
+            mp.spawn(run_rank, (count, numel, rounds, folder), count)
+            results[count] = json.loads(Path(folder, "rows.json").read_text())
+    if as_json:
+        json.dump(results, sys.stdout, indent=1)
+        return
+    table = Table(title=f"{numel} float64 numbers over gloo, torch {torch.__version__}")
+    for heading in ("ranks", "way", "µs", "±", "× reduce"):
+        table.add_column(heading, justify="right")
+    for count, rows in results.items():
+        for name, (median, spread, ratio) in rows.items():
+            figures = (f"{median * 1e3:.0f}", f"{spread * 1e3:.0f}", f"{ratio:.2f}")
+            table.add_row(str(count), name.replace("_", " "), *figures)
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    main()
