@@ -7,6 +7,9 @@ import pytest
 import torch
 from ranks import Worlds
 
+pytest.register_assert_rewrite("cases", "layers", "oracle")
+torch.set_num_threads(1)  # of this process; other runs on the machine make more threads slow
+
 common = {"deadline": None, "print_blob": True}
 hypothesis.settings.register_profile("quick", max_examples=200, derandomize=True, **common)
 hypothesis.settings.register_profile("thorough", max_examples=3000, **common)

@@ -186,10 +186,9 @@ class SyncBatchNorm3d(SyncBatchNorm, nn.BatchNorm3d):
 
 
 class LazySyncBatchNorm(_LazyNormBase, SyncBatchNorm):
-    """:class:`SyncBatchNorm` that takes num_features from its first input.
+    """:class:`SyncBatchNorm` that takes num_features from its first input and becomes one then.
 
-    Arguments as for :class:`SyncBatchNorm` without num_features. On the first call the layer
-    becomes a SyncBatchNorm (see :class:`torch.nn.modules.lazy.LazyModuleMixin`).
+    Arguments as for :class:`SyncBatchNorm` without num_features.
     """
 
     cls_to_become = SyncBatchNorm

@@ -1,0 +1,111 @@
+"""What a layer holds survives resets, copies, pickle and state dicts as torch's does."""
+
+import copy
+import io
+import pickle
+import warnings
+
+import pytest
+import torch
+from layers import PLAIN, Pair, assert_same_training, identical, pair, saved_and_loaded
+from torch import nn
+
+import syncbn
+
+
+@pytest.mark.parametrize("bad", [torch.randn(1, 3, 1, 1), torch.randn(4, 5, 2, 2), torch.ones(4)])
+def test_a_forward_that_raises_leaves_the_state_alone(bad):
+    layer = syncbn.SyncBatchNorm(3)
+    layer(torch.randn(4, 3, 2, 2))
+    before = copy.deepcopy(layer.state_dict())
+    with pytest.raises(ValueError, match="input"):
+        layer(bad)
+    identical(layer.state_dict(), before)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_resets_restore_a_new_layers_state(bias):
+    layer, _ = pair(4, bias=bias)
+    new = syncbn.SyncBatchNorm2d(3, bias=bias)
+    layer(torch.randn(4, 3, 2, 2))
+    parameters = {name: p.detach().clone() for name, p in layer.named_parameters()}
+    layer.reset_running_stats()
+    identical(dict(layer.named_buffers()), dict(new.named_buffers()))
+    identical({name: p.detach() for name, p in layer.named_parameters()}, parameters)
+    layer.reset_parameters()
+    identical(layer.state_dict(), new.state_dict())
+
+
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy])
+def test_copies_keep_the_group(copied):
+    layer = syncbn.SyncBatchNorm2d(3, process_group=Pair())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert copied(layer).process_group is layer.process_group
+        assert copied(nn.Sequential(layer))[0].process_group is layer.process_group
+
+
+def test_deep_copies_own_their_parameters_and_shallow_ones_share_them():
+    layer = syncbn.SyncBatchNorm2d(3)
+    layer.mine = ["attribute"]
+    deep, shallow = copy.deepcopy(layer), copy.copy(layer)
+    assert shallow.weight is layer.weight
+    assert shallow.mine is layer.mine
+    assert deep.mine == layer.mine
+    assert deep.mine is not layer.mine
+    deep(torch.randn(4, 3, 2, 2))
+    nn.init.zeros_(deep.weight)
+    identical(layer.state_dict(), syncbn.SyncBatchNorm2d(3).state_dict())
+
+
+def test_pickle_drops_the_group_with_a_warning():
+    layer = syncbn.SyncBatchNorm2d(3, process_group=Pair())
+    with pytest.warns(UserWarning, match="without its process group; set layer.process_group"):
+        data = pickle.dumps(layer)
+    assert pickle.loads(data).process_group is None
+    assert layer.process_group is not None
+
+
+@pytest.mark.parametrize("through", ["pickle", "torch.save"])
+def test_pickle_without_a_group_is_silent_and_complete(through):
+    layer = syncbn.SyncBatchNorm2d(3, momentum=None)
+    layer(torch.randn(4, 3, 2, 2))
+    stream = io.BytesIO()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        pickle.dump(layer, stream) if through == "pickle" else torch.save(layer, stream)
+    stream.seek(0)
+    load = pickle.load if through == "pickle" else lambda f: torch.load(f, weights_only=False)
+    loaded = load(stream)
+    assert type(loaded) is syncbn.SyncBatchNorm2d
+    assert_same_training(loaded, layer, (4, 3, 2, 2))
+
+
+OTHERS = [nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm]
+
+
+@pytest.mark.parametrize("track", [True, False])
+@pytest.mark.parametrize("other", OTHERS)
+@pytest.mark.parametrize("ours", PLAIN)
+def test_state_dicts_interchange_with_torchs(ours, other, track):
+    for source, target in ((ours, other), (other, ours)):
+        saved = source(3, track_running_stats=track)
+        for tensor in saved.state_dict().values():
+            tensor.add_(torch.randint(1, 9, tensor.shape))
+        loaded = target(3, track_running_stats=track)
+        loaded.load_state_dict(saved_and_loaded(saved.state_dict()))
+        identical(dict(loaded.state_dict()), dict(saved.state_dict()))
+        assert list(loaded.state_dict()) == list(saved.state_dict())
+        assert loaded.state_dict()._metadata == saved.state_dict()._metadata
+
+
+@pytest.mark.parametrize("lazy", [False, True])
+def test_version_1_state_dicts_load(lazy):
+    layer = syncbn.LazySyncBatchNorm2d() if lazy else syncbn.SyncBatchNorm2d(3)
+    state = {name: torch.full((3,), 2.0) for name in ("weight", "bias")}
+    state |= {name: torch.full((3,), 3.0) for name in ("running_mean", "running_var")}
+    layer.load_state_dict(state)
+    assert layer.num_batches_tracked == 0
+    identical({name: layer.state_dict()[name] for name in state}, state)
+    layer(torch.randn(4, 3, 2, 2))
+    assert layer.num_batches_tracked == 1
