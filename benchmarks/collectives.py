@@ -17,15 +17,14 @@ import click
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from layer import interleaved, summary
+from layer import interleaved, join_gloo, summary
 from rich.console import Console
 from rich.table import Table
 
 
 def run_rank(rank: int, ranks: int, numel: int, rounds: int, folder: str) -> None:
     torch.set_num_threads(1)
-    store = f"file://{folder}/store"
-    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=ranks)
+    join_gloo(rank, ranks, folder)
     tensor = torch.ones(numel, dtype=torch.float64)
 
     def gather() -> torch.Tensor:

@@ -12,6 +12,7 @@ the rounds' own ratios, which holds when the machine's speed drifts. Outputs are
 from __future__ import annotations
 
 import json
+import os
 import platform
 import statistics
 import sys
@@ -149,13 +150,18 @@ def run_rank(rank: int, ranks: int, setting: Setting, folder: str) -> None:
     torch.set_num_threads(setting.threads)
     torch.manual_seed(rank)
     if ranks > 1:
-        store = f"file://{folder}/store"
-        dist.init_process_group("gloo", init_method=store, rank=rank, world_size=ranks)
+        join_gloo(rank, ranks, folder)
     rows = measure(setting, ranks)
     if rank == 0:
         Path(folder, "rows.json").write_text(json.dumps([asdict(row) for row in rows]))
     if ranks > 1:
         dist.destroy_process_group()
+
+
+def join_gloo(rank: int, ranks: int, folder: str) -> None:
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # gloo of older torch prints to stdout
+    store = f"file://{folder}/store"
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=ranks)
 
 
 def run_ranks(ranks: int, setting: Setting) -> list[Row]:
