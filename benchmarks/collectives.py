@@ -1,9 +1,9 @@
-"""Time one layer's exchange over gloo: gathering, reducing, and reducing by gathering.
+"""Time one layer's exchange over gloo: torch's collectives and this library's on few ranks.
 
     python benchmarks/collectives.py --ranks 2 --ranks 4 --numel 513
 
-The ways run in turn, round after round; figures are the median of rank 0 in microseconds and half
-the distance between the quartiles.
+The ways run in turn, round after round; figures are the median of rank 0 in microseconds, half the
+distance between the quartiles, and the median of the rounds' ratios to torch's all_reduce.
 """
 
 from __future__ import annotations
@@ -21,27 +21,31 @@ from layer import interleaved, join_gloo, summary
 from rich.console import Console
 from rich.table import Table
 
+from syncbn.comm import resolve
+
 
 def run_rank(rank: int, ranks: int, numel: int, rounds: int, folder: str) -> None:
     torch.set_num_threads(1)
     join_gloo(rank, ranks, folder)
     tensor = torch.ones(numel, dtype=torch.float64)
 
-    def gather() -> torch.Tensor:
-        gathered = tensor.new_empty(ranks, numel)
-        dist.all_gather(list(gathered.unbind(0)), tensor)
-        return gathered
+    comm = resolve(None)
 
-    def reduce() -> None:
+    def torch_all_gather() -> None:
+        dist.all_gather(list(tensor.new_empty(ranks, numel).unbind(0)), tensor)
+
+    def torch_all_reduce() -> None:
         dist.all_reduce(tensor.clone())
 
-    def reduce_by_gathering() -> None:
-        gather().sum(0)
-
-    steps = {f.__name__: f for f in (gather, reduce, reduce_by_gathering)}
+    steps = {
+        "torch all_gather": torch_all_gather,
+        "syncbn all_gather": lambda: comm.all_gather(tensor),
+        "torch all_reduce": torch_all_reduce,
+        "syncbn all_reduce": lambda: comm.all_reduce(tensor),
+    }
     times = interleaved(steps, rounds)
     if rank == 0:
-        rows = {name: summary(values, times["reduce"]) for name, values in times.items()}
+        rows = {name: summary(values, times["torch all_reduce"]) for name, values in times.items()}
         Path(folder, "rows.json").write_text(json.dumps(rows))
     dist.destroy_process_group()
 
@@ -61,12 +65,12 @@ def main(ranks: tuple[int, ...], numel: int, rounds: int, as_json: bool) -> None
         json.dump(results, sys.stdout, indent=1)
         return
     table = Table(title=f"{numel} float64 numbers over gloo, torch {torch.__version__}")
-    for heading in ("ranks", "way", "µs", "±", "× reduce"):
+    for heading in ("ranks", "way", "µs", "±", "× all_reduce"):
         table.add_column(heading, justify="right")
     for count, rows in results.items():
         for name, (median, spread, ratio) in rows.items():
             figures = (f"{median * 1e3:.0f}", f"{spread * 1e3:.0f}", f"{ratio:.2f}")
-            table.add_row(str(count), name.replace("_", " "), *figures)
+            table.add_row(str(count), name, *figures)
     Console().print(table)
 
 

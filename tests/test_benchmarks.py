@@ -44,7 +44,8 @@ def test_collectives_prints_json():
         [*command, *options], capture_output=True, text=True, timeout=120, check=False
     )
     assert result.returncode == 0, result.stderr
-    assert json.loads(result.stdout)["2"].keys() == {"gather", "reduce", "reduce_by_gathering"}
+    names = {f"{who} all_{what}" for who in ("torch", "syncbn") for what in ("gather", "reduce")}
+    assert json.loads(result.stdout)["2"].keys() == names
 
 
 def test_layer_refuses_a_bad_shape():

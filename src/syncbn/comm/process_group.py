@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
@@ -15,8 +16,9 @@ _REMEDY = (
     "a one-dimensional DeviceMesh or a syncbn.comm.Communicator"
 )
 
-# On the CPU a collective's time is that of its messages one after the other: gathering takes half
-# as many as gloo's all_reduce (benchmarks/collectives.py), as long as there are few.
+# A small message's time on the CPU is its rounds: gloo's all_gather passes it on from rank to rank,
+# its all_reduce does so twice. Among few ranks each sends to each at once: one round
+# (benchmarks/collectives.py; with 4 ranks on 2 cores a quarter of the time).
 _FEW = 8
 
 
@@ -41,17 +43,25 @@ class ProcessGroup(Communicator):
         return self.group.size()
 
     def all_gather(self, tensor: Tensor) -> Tensor:
-        gathered = tensor.new_empty(self.size, *tensor.shape)
-        # Not all_gather_into_tensor: some backends lack it, and torch 2.13 warns of its new name.
-        dist.all_gather(list(gathered.unbind(0)), tensor.contiguous(), group=self.group)
+        if self._direct(tensor):
+            copies = tensor.expand(self.size, *tensor.shape).contiguous()
+            gathered = torch.empty_like(copies)
+            dist.all_to_all_single(gathered, copies, group=self.group)
+        else:
+            gathered = tensor.new_empty(self.size, *tensor.shape)
+            # Not all_gather_into_tensor: some backends lack it, torch 2.13 warns of its new name.
+            dist.all_gather(list(gathered.unbind(0)), tensor.contiguous(), group=self.group)
         return gathered
 
     def all_reduce(self, tensor: Tensor) -> Tensor:
-        if tensor.device.type == "cpu" and self.size <= _FEW:
+        if self._direct(tensor):
             return self.all_gather(tensor).sum(0)
         total = tensor.clone()
         dist.all_reduce(total, group=self.group)
         return total
+
+    def _direct(self, tensor: Tensor) -> bool:
+        return tensor.device.type == "cpu" and self.size <= _FEW
 
 
 def default_group() -> ProcessGroup | None:
@@ -81,7 +91,7 @@ def from_torch(group: Any) -> ProcessGroup:
         raise TypeError(f"process_group: got {type(group).__name__}; {_REMEDY}")
     if not dist.is_initialized():
         raise ValueError(
-            f"process_group: got a torch.distributed group, but the default group is not "
+            "process_group: got a torch.distributed group, but the default group is not "
             "initialised (or was destroyed); call torch.distributed.init_process_group first"
         )
     if left_out:

@@ -1,0 +1,204 @@
+"""The processes of one arm: start them, hear from them, and leave none behind, whatever happens.
+
+Not torch.multiprocessing.spawn: that blocks, reports whichever dead rank it finds first (often
+one that merely lost its peer), and leaves traceback files in the temporary directory.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import pickle
+import shutil
+import signal
+import tempfile
+import threading
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from multiprocessing import resource_tracker
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+
+Worker = Callable[[int, Any, Path, Callable[[Any], None]], Any]
+_SECONDS_BETWEEN_LOOKS = 0.1
+_LINES_OF_LOG = 20
+
+
+class RankFailed(Exception):
+    """A rank raised, was killed or left early. The text says which and how, with its traceback."""
+
+
+def launch(worker: Worker, task: Any, *, ranks: int, on_message: Callable[[Any], None]) -> Any:
+    """Run ``worker(rank, task, folder, send)`` in ``ranks`` processes; rank 0's result.
+
+    Every process has one thread of torch's and the same temporary ``folder``. What rank 0 gives to
+    ``send`` (a few hundred bytes) reaches ``on_message`` here. Call it from the main thread.
+
+    Raises:
+        RankFailed: a rank did not end well; all others have been ended.
+        KeyboardInterrupt, SystemExit: SIGINT, SIGTERM to this process; all ranks have been ended.
+    """
+    spawn = multiprocessing.get_context("spawn")
+    with _noted_signals() as noted, tempfile.TemporaryDirectory(prefix="syncbn-demo-") as name:
+        folder = Path(name)
+        # By a file: a large argument would make each start wait for the previous rank's imports.
+        _write(folder / "task", (worker, task))
+        receiver, sender = spawn.Pipe(duplex=False)
+        processes = [
+            spawn.Process(
+                target=_rank_main, args=(rank, folder, None if rank else sender), daemon=True
+            )
+            for rank in range(ranks)
+        ]
+        try:
+            _start(processes)
+            sender.close()  # rank 0's copy is the last: its end shows as the end of the pipe
+            _watch(processes, receiver, on_message, noted, folder)
+            return pickle.loads((folder / "result").read_bytes())
+        finally:
+            _end(processes)
+            receiver.close()
+
+
+@contextmanager
+def _noted_signals() -> Iterator[list[int]]:
+    """Notes SIGINT and SIGTERM instead of raising, so that no step of starting or ending is cut."""
+    noted: list[int] = []
+    before = {
+        number: signal.signal(number, lambda number, _: noted.append(number))
+        for number in (signal.SIGINT, signal.SIGTERM)
+    }
+    try:
+        yield noted
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _start(processes: list[Any]) -> None:
+    # Ctrl-C reaches the whole process group; the ranks leave it to their parent to end them,
+    # without a traceback each. A blocked signal stays blocked in what is started now.
+    # The tracker first: the first start() would start it, and that unblocks SIGINT again.
+    resource_tracker.ensure_running()
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        for process in processes:
+            process.start()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _end(processes: list[Any]) -> None:
+    started = [process for process in processes if process.pid is not None]
+    for process in started:
+        process.kill()  # nothing to save, and a rank inside a collective hears nothing gentler
+    for process in started:
+        process.join()
+
+
+def _watch(
+    processes: list[Any],
+    receiver: Connection,
+    on_message: Callable[[Any], None],
+    noted: list[int],
+    folder: Path,
+) -> None:
+    """Returns when every rank has ended well and every message has been handed on."""
+    running = {process.sentinel: process for process in processes}
+    listening: list[Connection] = [receiver]
+    while running or listening:
+        for ready in wait([*listening, *running], timeout=_SECONDS_BETWEEN_LOOKS):
+            if isinstance(ready, Connection):
+                try:
+                    on_message(receiver.recv())
+                except EOFError:
+                    listening.clear()
+            else:
+                assert isinstance(ready, int)
+                running.pop(ready).join()
+        if noted:
+            _raise_for(noted[0])
+        if any(process.exitcode not in (None, 0) for process in processes):
+            raise RankFailed(_cause([process.exitcode for process in processes], folder))
+
+
+def _raise_for(number: int) -> NoReturn:
+    if number == signal.SIGINT:
+        raise KeyboardInterrupt
+    raise SystemExit(128 + number)
+
+
+def _cause(exit_codes: list[int | None], folder: Path) -> str:
+    """The first failure. Ranks that lost their peer fail as well, always later."""
+    for rank, code in enumerate(exit_codes):
+        if code is not None and code < 0:
+            return f"rank {rank} was ended by {_signal_name(-code)}{_log(rank, folder)}"
+    failure = folder / "failure"
+    if failure.exists():
+        return failure.read_text(encoding="utf-8").rstrip()
+    rank, code = next((rank, code) for rank, code in enumerate(exit_codes) if code)
+    return f"rank {rank} left with exit status {code}{_log(rank, folder)}"
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
+
+
+def _log(rank: int, folder: Path) -> str:
+    log = folder / f"log-{rank}"
+    lines = log.read_text(encoding="utf-8", errors="replace").splitlines() if log.exists() else []
+    return "\n".join(["", *lines[-_LINES_OF_LOG:]]) if lines else ""
+
+
+def _rank_main(rank: int, folder: Path, sender: Connection | None) -> None:
+    threading.Thread(target=_end_with_parent, args=(folder,), daemon=True).start()
+    # gloo prints on standard output, torch warns on standard error: neither is for the reader of
+    # a table, or of JSON. It is shown when the rank dies without a traceback.
+    with (folder / f"log-{rank}").open("wb") as log:
+        os.dup2(log.fileno(), 1)
+        os.dup2(log.fileno(), 2)
+    torch.set_num_threads(1)
+    code = 1
+    try:
+        worker, task = pickle.loads((folder / "task").read_bytes())
+        result = worker(rank, task, folder, sender.send if sender else _to_nobody)
+        if rank == 0:
+            _write(folder / "result", result)
+        code = 0
+    except Exception:
+        _write_failure(rank, folder)
+    # Without the interpreter's shutdown, which has nothing left to save: after a failure it may
+    # wait for a stuck process group, and after success torch 2.13 aborted there now and then.
+    os._exit(code)
+
+
+def _end_with_parent(folder: Path) -> None:
+    """Even a parent that was killed leaves no rank and no file."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    shutil.rmtree(folder, ignore_errors=True)
+    os._exit(1)
+
+
+def _write_failure(rank: int, folder: Path) -> None:
+    text = f"rank {rank} failed:\n{traceback.format_exc()}"
+    mine = folder / f"failure-{rank}"
+    mine.write_text(text, encoding="utf-8")
+    with suppress(FileExistsError):  # the first rank's stays
+        os.link(mine, folder / "failure")
+
+
+def _write(path: Path, content: Any) -> None:
+    path.write_bytes(pickle.dumps(content))
+
+
+def _to_nobody(message: Any) -> None:
+    """Only rank 0 is heard."""
