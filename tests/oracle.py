@@ -81,6 +81,6 @@ def assert_close(
     if not expected.numel():
         return
     tolerance = TOLERANCE[dtype or actual.dtype] * factor
-    scale = max(1.0, expected.abs().max().item())
+    scale = max(0.1, expected.abs().max().item())
     error = (actual.double() - expected).abs().max().item() / scale
     assert error <= tolerance, f"relative error {error:.3g} > {tolerance:.3g}"

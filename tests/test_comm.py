@@ -5,15 +5,23 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 import syncbn
 from syncbn.comm import LOCAL, Communicator, ProcessGroup, resolve
+
+
+class Ring(ProcessGroup):
+    """What more ranks than few use: torch's own collectives."""
+
+    few = 0
+
 
 FACTORIES = {
     "local": (1, lambda: LOCAL),
     "default group": (3, lambda: resolve(None)),
     "process group": (3, lambda: ProcessGroup(dist.group.WORLD)),
+    "many ranks": (3, lambda: Ring(dist.group.WORLD)),
     "mesh": (2, lambda: resolve(init_device_mesh("cpu", (dist.get_world_size(),)))),
 }
 
@@ -181,8 +189,9 @@ def test_groups_that_cannot_be(ranks):
     def errors(rank):
         left_out = dist.new_group([0])
         mesh = init_device_mesh("cpu", (2, 1), mesh_dim_names=("replicate", "shard"))
+        elsewhere = DeviceMesh("cpu", [0])
         texts = []
-        for group in (mesh, *([left_out] if rank == 1 else [])):
+        for group in (mesh, *([left_out, elsewhere] if rank == 1 else [])):
             for use in (
                 lambda g: syncbn.SyncBatchNorm(3, process_group=g),
                 lambda g: syncbn.LazySyncBatchNorm(process_group=g),
@@ -197,7 +206,8 @@ def test_groups_that_cannot_be(ranks):
     first, second = ranks(2, errors)
     assert all("one-dimensional DeviceMesh, got 2" in text for text in first)
     assert all("mesh['dp']" in text for text in first)
-    assert all("rank 1 is not in the group given" in text for text in second[4:])
+    assert all("rank 1 is not in the group given" in text for text in second[4:8])
+    assert all("rank 1 is not in the DeviceMesh given" in text for text in second[8:])
 
 
 @pytest.mark.parametrize("group", [2, "gloo", [0, 1], object()])

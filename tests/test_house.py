@@ -17,6 +17,7 @@ FLOORS = (
     {"autograd"},
     {"functional"},
     {"modules"},
+    {"registry"},
     {"convert"},
     {"demo"},
     {"cli"},

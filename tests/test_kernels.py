@@ -36,21 +36,27 @@ def whole_step(k, x, dy, weight, bias, pieces=1, eps=1e-5):
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("dtype", list(oracle.TOLERANCE), ids=str)
-@pytest.mark.parametrize("pieces", [1, 3])
-def test_the_four_steps_equal_the_oracle(implementation, shape, dtype, pieces):
+@pytest.mark.parametrize(("pieces", "offset"), [(1, 3.0), (3, 3.0), (2, 1e6)])
+def test_the_four_steps_equal_the_oracle(implementation, shape, dtype, pieces, offset):
+    if offset > 100 and dtype in (torch.float16, torch.bfloat16):
+        pytest.skip("half precision cannot hold such a mean")
     for layout in layouts(len(shape)):
-        case = Case(split=shape[:1], channels=shape[1], spatial=shape[2:], dtype=dtype, offset=3.0)
+        case = Case(
+            split=shape[:1], channels=shape[1], spatial=shape[2:], dtype=dtype, offset=offset
+        )
         x, dy, weight, bias = case.batch()
         x = laid_out(x, layout)
         y, dx, sums, mean, invstd = whole_step(implementation, x, dy, weight, bias, pieces)
         expected = oracle.batch_norm(x, dy, weight, bias)
-        oracle.assert_close(y, expected.y, factor=4)
-        oracle.assert_close(dx, expected.dx, factor=10)
+        # float64 carries a mean to 1e-16 of its size, and the oracle does not do better
+        room = offset / 1e3 if dtype == torch.float64 else 0
+        oracle.assert_close(y, expected.y, factor=4 + room)
+        oracle.assert_close(dx, expected.dx, factor=10 + room)
         wide = {"dtype": torch.float64 if dtype == torch.float64 else torch.float32}
         oracle.assert_close(sums[0], expected.dbias, **wide, factor=10)
-        oracle.assert_close(sums[1], expected.dweight, **wide, factor=10)
+        oracle.assert_close(sums[1], expected.dweight, **wide, factor=10 + room)
         oracle.assert_close(mean, expected.mean, **wide)
-        oracle.assert_close(invstd, (expected.var + 1e-5).rsqrt(), **wide)
+        oracle.assert_close(invstd, (expected.var + 1e-5).rsqrt(), **wide, factor=1 + room)
 
 
 def test_statistics_are_wide_and_packed(implementation):
@@ -71,6 +77,28 @@ def test_statistics_at_a_mean_far_from_zero(implementation, ratio, layout):
     m2_expected = (values - expected.view(1, 3, 1, 1)).square().sum((0, 2, 3))
     torch.testing.assert_close(mean, expected, rtol=1e-13, atol=1e-7)
     torch.testing.assert_close(m2, m2_expected, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("offset", [0.0, 1e4, 1e6])
+@pytest.mark.parametrize(
+    ("shape", "layout"),
+    [
+        ((65536, 8, 3), "contiguous"),
+        ((20000, 4, 7, 7), "contiguous"),
+        ((300000, 2, 2, 2), "channels_last"),
+        ((100000, 4), "contiguous"),
+        ((8, 2, 256, 256), "transposed"),
+        ((50000, 4, 2, 2), "strided"),
+    ],
+    ids=str,
+)
+def test_many_samples_of_few_values(implementation, shape, layout, offset):
+    """Sums over the batch must not lose what sums over an image keep."""
+    x = laid_out(torch.randn(shape) + offset, layout)
+    y, *_ = implementation.normalise(
+        x, implementation.measure(x).unsqueeze(0), None, None, None, None, 0.1, 1e-5
+    )
+    oracle.assert_close(y, oracle.batch_norm(x, x).y)
 
 
 @pytest.mark.parametrize("constant", [0.0, 0.1, 1e6, -7.3])

@@ -1,6 +1,5 @@
 """Subclasses convert when that loses nothing or they are registered; others are named."""
 
-import sys
 import warnings
 
 import pytest
@@ -93,7 +92,7 @@ def test_a_subclass_with_only_a_constructor_comes_back_as_itself():
 @pytest.fixture
 def registry():
     """Registrations made in a test end with it."""
-    targets = sys.modules["syncbn.convert"]._TARGETS
+    targets = syncbn.registry._TARGETS
     before = dict(targets)
     yield
     targets.clear()
@@ -161,3 +160,20 @@ def test_a_foreign_class_converts_and_the_last_registration_counts():
 def test_wrong_registrations_are_refused(source, target, text):
     with pytest.raises(TypeError, match=f"^register_conversion: .*{text}"):
         syncbn.register_conversion(source, target)
+
+
+@pytest.mark.parametrize(
+    ("operation", "cls"),
+    [(syncbn.convert, nn.BatchNorm2d), (syncbn.revert, syncbn.SyncBatchNorm2d)],
+)
+def test_a_layer_with_a_forward_of_its_own_is_named(operation, cls):
+    """As hooks that wrap forward do: the class would change and the old forward would still run."""
+    layer = {syncbn.convert: torch.nn.BatchNorm2d, syncbn.revert: syncbn.SyncBatchNorm2d}[
+        operation
+    ](3)
+    inner = layer.forward
+    layer.forward = lambda x: inner(x)
+    model = torch.nn.Sequential(layer)
+    with pytest.warns(UserWarning, match=f"{operation.__name__}: left alone.*0 "):
+        operation(model)
+    assert type(layer) is cls

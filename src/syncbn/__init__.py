@@ -9,7 +9,7 @@ Models: convert, revert, register_conversion. Who takes part: comm. Importing st
 
 from . import comm
 from ._version import __version__
-from .convert import convert, register_conversion, revert
+from .convert import convert, revert
 from .functional import sync_batch_norm
 from .modules import (
     LazySyncBatchNorm,
@@ -21,6 +21,7 @@ from .modules import (
     SyncBatchNorm2d,
     SyncBatchNorm3d,
 )
+from .registry import register_conversion
 
 __all__ = [
     "LazySyncBatchNorm",

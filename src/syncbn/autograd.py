@@ -1,8 +1,8 @@
 """The one autograd.Function: measure → share → merge → normalise, and its mirror.
 
 Whatever this rank's input is, forward makes one all_gather of 2C + 2 numbers and backward one
-all_reduce of 2C numbers, all float64. So ranks stay in step with empty batches, other dtypes, or
-no gradient wanted on some of them.
+all_reduce of 2C numbers, of one dtype (float64 where the device has it). So ranks stay in step with
+empty batches, other dtypes, or no gradient wanted on some of them.
 """
 
 from __future__ import annotations

@@ -75,6 +75,11 @@ def sync_batch_norm(
         ):
             if tensor is not None:
                 _check_per_channel(name, tensor, input)
+        if (running_mean is None) != (running_var is None):
+            raise ValueError(
+                "sync_batch_norm: expected running_mean and running_var both or neither, got only "
+                f"running_{'var' if running_mean is None else 'mean'}"
+            )
     silent = not training or tracing or input.is_meta or torch.compiler.is_exporting()
     comm = LOCAL if silent else resolve(group)
     if comm.size == 1:
@@ -131,6 +136,12 @@ def check_shape(name: str, shape: tuple[int, ...], input: Tensor) -> None:
 
 
 def _check_per_channel(name: str, tensor: Tensor, input: Tensor) -> None:
+    if not isinstance(tensor, Tensor) or not tensor.dtype.is_floating_point:
+        got = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
+        raise TypeError(
+            f"sync_batch_norm: expected {name} to be a floating-point tensor, got {got}; "
+            "use the input's dtype or torch.float32"
+        )
     check_shape(name, tensor.shape, input)
     if tensor.device != input.device:
         raise ValueError(

@@ -118,9 +118,9 @@ class SyncBatchNorm(_BatchNorm):
     @classmethod
     def convert_sync_batchnorm(cls, module: nn.Module, process_group: Any = None) -> nn.Module:
         """:func:`syncbn.convert` by the name and signature that torch gives it."""
-        from .convert import convert  # convert.py is above: it needs these classes
+        from .convert import convert_layers  # convert.py is above: it needs these classes
 
-        return convert(module, process_group, _stacklevel=3)
+        return convert_layers(module, process_group, None, stacklevel=3)
 
     def extra_repr(self) -> str:
         world = default_group()
@@ -128,7 +128,7 @@ class SyncBatchNorm(_BatchNorm):
         text = f"{torchs}, world_size={world.size if world else 1}"
         try:
             comm = resolve(self.process_group)
-        except ValueError:  # destroyed since
+        except (TypeError, ValueError):  # destroyed since, or nonsense
             return f"{text}, group_size=unavailable"
         return text if comm in (world, LOCAL) else f"{text}, group_size={comm.size}"
 

@@ -16,14 +16,16 @@ _REMEDY = (
     "a one-dimensional DeviceMesh or a syncbn.comm.Communicator"
 )
 
-# A small message's time on the CPU is its rounds: gloo's all_gather passes it on from rank to rank,
-# its all_reduce does so twice. Among few ranks each sends to each at once: one round
-# (benchmarks/collectives.py; with 4 ranks on 2 cores a quarter of the time).
-_FEW = 8
-
 
 class ProcessGroup(Communicator):
-    """A torch.distributed process group (gloo, nccl, ucc, mpi, …)."""
+    """A torch.distributed process group (gloo, nccl, ucc, mpi, …).
+
+    A small message's time on the CPU is its rounds: gloo's all_gather passes it on from rank to
+    rank, its all_reduce does so twice. Up to ``few`` ranks each sends to each at once, one round
+    (benchmarks/collectives.py).
+    """
+
+    few = 8
 
     def __init__(self, group: dist.ProcessGroup) -> None:
         self.group = group
@@ -61,7 +63,7 @@ class ProcessGroup(Communicator):
         return total
 
     def _direct(self, tensor: Tensor) -> bool:
-        return tensor.device.type == "cpu" and self.size <= _FEW
+        return tensor.device.type == "cpu" and self.size <= self.few
 
 
 def default_group() -> ProcessGroup | None:
@@ -106,8 +108,6 @@ def from_torch(group: Any) -> ProcessGroup:
         if group.get_coordinate() is None:
             raise ValueError(_not_a_member("the DeviceMesh given"))
         group = group.get_group()
-    if group.rank() < 0:
-        raise ValueError(_not_a_member("the group given"))
     return ProcessGroup(group)
 
 

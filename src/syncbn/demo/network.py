@@ -11,6 +11,10 @@ def network() -> nn.Sequential:
     Each BatchNorm sees at least 2×2 values per channel, so that one image per rank is enough for
     torch's own layer to train at all. The convolutions have no bias: BatchNorm removes it, and its
     gradient would be nothing but rounding.
+
+    That the last 2×2 values are averaged is part of the case shown: per-image statistics take the
+    strength of a channel away, which is all that an average can see. A network that flattened
+    them instead was right on 86 to 98 % with plain BatchNorm too.
     """
     return nn.Sequential(
         *_block(1, 16, stride=1),

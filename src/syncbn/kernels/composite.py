@@ -32,11 +32,11 @@ def measure(x: Tensor) -> Tensor:
     if count == 0:
         return torch.zeros(1 + 2 * channels, dtype=wide, device=x.device)
     values = _arithmetic(x)
-    shift = values.detach().mean(_reduced(x))
+    shift = (_sum(values.detach(), wide) / count).to(values.dtype)
     centred = values - _per_channel(shift, x)
     delta = _sum(centred, wide) / count
     m2 = _sum(centred.square(), wide) - count * delta.square()
-    moments = Moments(m2.new_tensor(count), shift.to(wide) + delta, m2.clamp_min(0))
+    moments = Moments(m2.new_full((), count), shift.to(wide) + delta, m2.clamp_min(0))
     return moments.pack()
 
 
@@ -118,12 +118,17 @@ def _reduced(x: Tensor) -> tuple[int, ...]:
 
 
 def _sum(values: Tensor, wide: torch.dtype) -> Tensor:
-    """Sum per channel: torch adds float32 pairwise in the usual layouts, one by one in others."""
-    pairwise = values.is_contiguous() or (
+    """Sum per channel: pairwise in float32 along memory, wide over what is left.
+
+    torch adds pairwise along runs in memory, but one by one over samples and in unusual layouts.
+    """
+    usual = values.is_contiguous() or (
         (values.dim() == 4 and values.is_contiguous(memory_format=torch.channels_last))
         or (values.dim() == 5 and values.is_contiguous(memory_format=torch.channels_last_3d))
     )
-    return values.sum(_reduced(values), dtype=None if pairwise else wide).to(wide)
+    if values.dim() == 2 or not usual:
+        return values.sum(_reduced(values), dtype=wide)
+    return values.flatten(2).sum(2).sum(0, dtype=wide)
 
 
 def _per_channel(values: Tensor, x: Tensor) -> Tensor:

@@ -1,0 +1,120 @@
+"""Which class converts to which, and back: torch's layers, and what users register."""
+
+from __future__ import annotations
+
+from collections.abc import Container
+from dataclasses import dataclass
+from typing import Any, Generic
+
+import torch.nn as nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from . import modules
+from .modules import SyncBatchNorm
+
+_TARGETS: dict[type[nn.Module], type[SyncBatchNorm]] = {
+    nn.BatchNorm1d: modules.SyncBatchNorm1d,
+    nn.BatchNorm2d: modules.SyncBatchNorm2d,
+    nn.BatchNorm3d: modules.SyncBatchNorm3d,
+    nn.SyncBatchNorm: modules.SyncBatchNorm,
+    nn.LazyBatchNorm1d: modules.LazySyncBatchNorm1d,
+    nn.LazyBatchNorm2d: modules.LazySyncBatchNorm2d,
+    nn.LazyBatchNorm3d: modules.LazySyncBatchNorm3d,
+}
+# What a subclass may define without behaving differently from its base.
+_HARMLESS = {
+    "__annotate__",
+    "__annotate_func__",
+    "__annotations__",
+    "__annotations_cache__",
+    "__conditional_annotations__",
+    "__constants__",
+    "__doc__",
+    "__firstlineno__",
+    "__init__",
+    "__module__",
+    "__orig_bases__",
+    "__parameters__",
+    "__qualname__",
+    "__static_attributes__",
+    "__type_params__",
+}
+
+
+def register_conversion(source: type[nn.Module], target: type[SyncBatchNorm]) -> None:
+    """Teach :func:`syncbn.convert` a foreign class, say a BatchNorm fused with an activation.
+
+    Layers of class ``source`` (and of subclasses that add nothing but a constructor) become
+    ``target`` by assignment to ``__class__``: ``target``'s methods find ``source``'s attributes.
+    :func:`syncbn.revert` assigns ``source`` back. A later registration of the same class
+    replaces the earlier one.
+
+    Args:
+        source: the class that models contain.
+        target: a subclass of :class:`SyncBatchNorm` that works on ``source``'s attributes.
+
+    Raises TypeError where ``source`` is no Module class or ``target`` no SyncBatchNorm class.
+
+    Example:
+        >>> class BatchNormReLU(torch.nn.BatchNorm2d):
+        ...     def forward(self, x):
+        ...         return super().forward(x).relu()
+        >>> class SyncBatchNormReLU(syncbn.SyncBatchNorm2d):
+        ...     def forward(self, x):
+        ...         return super().forward(x).relu()
+        >>> syncbn.register_conversion(BatchNormReLU, SyncBatchNormReLU)
+        >>> type(syncbn.convert(BatchNormReLU(8))).__name__
+        'SyncBatchNormReLU'
+    """
+    for name, given, base in (("source", source, nn.Module), ("target", target, SyncBatchNorm)):
+        if not (isinstance(given, type) and issubclass(given, base)):
+            raise TypeError(
+                f"register_conversion: expected a subclass of {base.__name__} as {name}, "
+                f"got {given!r}"
+            )
+    _TARGETS[source] = target
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What a layer is to revert to: its class, the class it got, the group it had."""
+
+    source: type[nn.Module]
+    target: type[nn.Module]
+    process_group: Any = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Origin:
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Origin, (self.source, self.target)  # a pickle carries no group
+
+
+def is_candidate(layer: nn.Module) -> bool:
+    """Whether convert must decide about ``layer``: a BatchNorm, or of a registered class."""
+    return isinstance(layer, (_BatchNorm, *_TARGETS))
+
+
+def target_of(cls: type) -> type[SyncBatchNorm] | None:
+    """What layers of class ``cls`` become; None where that would change their behaviour."""
+    source = _differs_by_constructor_only(cls, _TARGETS)
+    return None if source is None else _TARGETS[source]
+
+
+def stands_for(cls: type) -> Origin | None:
+    """What a layer built as ``cls`` reverts to: the first class registered to become it."""
+    sources: dict[type, type[nn.Module]] = {}
+    for source, target in _TARGETS.items():
+        sources.setdefault(target, source)
+    target = _differs_by_constructor_only(cls, sources)
+    return None if target is None else Origin(sources[target], cls)
+
+
+def _differs_by_constructor_only(cls: type, known: Container[type]) -> Any:
+    """The first class in ``known`` that ``cls`` is or derives from without other behaviour."""
+    for base in cls.__mro__:
+        if base in known:
+            added = (extra for extra in cls.__mro__ if extra not in base.__mro__)
+            harmless = all(_HARMLESS.issuperset(vars(extra)) or extra is Generic for extra in added)
+            return base if harmless else None
+    return None
