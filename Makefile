@@ -3,12 +3,14 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: setup demo test test-all lint format bench-toy clean
+WHEEL := build/wheel
+
+.PHONY: setup demo test test-all test-composite test-wheel lint format bench-toy clean
 
 setup: $(READY)
 
 # torch comes first and from constraints.txt, so that nothing else asks for another build of it.
-$(READY): pyproject.toml constraints.txt
+$(READY): pyproject.toml constraints.txt setup.py $(wildcard csrc/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install -q -c constraints.txt torch setuptools wheel
 	$(BIN)/python -m pip install -q -c constraints.txt --no-build-isolation -e '.[dev]'
@@ -22,6 +24,22 @@ test: $(READY)
 
 test-all: $(READY)
 	$(BIN)/python -m pytest -m '' --hypothesis-profile=thorough
+
+# As where no compiled operators are: one process must then equal torch to the bit.
+test-composite: $(READY)
+	SYNCBN_KERNELS=composite $(BIN)/python -m pytest tests/test_modules.py tests/test_lazy.py \
+	  tests/test_state.py tests/test_convert.py tests/test_revert.py tests/test_exact.py
+
+# The wheel as users get it, in an environment of its own.
+test-wheel: $(READY)
+	rm -rf $(WHEEL)
+	$(BIN)/python -m pip wheel -q --no-build-isolation --no-deps -w $(WHEEL) .
+	ls $(WHEEL)/syncbn-*-py3-none-*.whl
+	$(PYTHON) -m venv $(WHEEL)/env
+	$(WHEEL)/env/bin/python -m pip install -q -c constraints.txt torch
+	$(WHEEL)/env/bin/python -m pip install -q -c constraints.txt "$$(ls $(WHEEL)/*.whl)[test]"
+	SYNCBN_KERNELS=native $(WHEEL)/env/bin/python -m pytest tests/test_house.py \
+	  tests/test_native.py tests/test_kernels.py tests/test_exact.py tests/test_modules.py
 
 lint: $(READY)
 	$(BIN)/ruff check
@@ -37,4 +55,4 @@ bench-toy: $(READY)
 	$(BIN)/python benchmarks/collectives.py --ranks 2 --rounds 5
 
 clean:
-	rm -rf .venv build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv build dist src/*.egg-info src/syncbn/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis

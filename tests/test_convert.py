@@ -14,6 +14,7 @@ from layers import (
     assert_same,
     classes,
     conversions,
+    identical,
     snapshot,
 )
 from torch import nn
@@ -125,7 +126,8 @@ def test_hooks_of_every_kind_run_after_convert_and_after_revert(torchs, ours):
 
 @pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.Adam])
 def test_an_optimizer_built_before_keeps_training_the_model(optimizer):
-    model = nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), nn.ReLU())
+    # No bias before BatchNorm: its gradient is rounding, which Adam would blow up.
+    model = nn.Sequential(nn.Conv2d(3, 3, 1, bias=False), nn.BatchNorm2d(3), nn.ReLU())
     other = copy.deepcopy(model)
     pairs = [(net, optimizer(net.parameters(), lr=0.1)) for net in (model, other)]
     for change in (lambda net: net, syncbn.convert, syncbn.revert):
@@ -135,7 +137,7 @@ def test_an_optimizer_built_before_keeps_training_the_model(optimizer):
             optim.zero_grad()
             net(x).square().mean().backward()
             optim.step()
-        torch.testing.assert_close(model.state_dict(), other.state_dict(), rtol=0, atol=0)
+        identical(dict(model.state_dict()), dict(other.state_dict()))
     assert not torch.equal(model[1].weight, torch.ones(3))
 
 

@@ -14,7 +14,7 @@ SOURCE = Path(syncbn.__file__).parent
 FLOORS = (
     {"moments", "_version"},
     {"kernels", "comm"},
-    {"autograd"},
+    {"autograd", "local"},
     {"functional"},
     {"modules"},
     {"registry"},

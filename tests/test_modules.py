@@ -5,7 +5,17 @@ import warnings
 
 import pytest
 import torch
-from layers import CHECKED, PLAIN, TORCH, Pair, assert_same_training, identical, observe, pair
+from layers import (
+    CHECKED,
+    COMPILED,
+    PLAIN,
+    TORCH,
+    Pair,
+    assert_same_training,
+    identical,
+    observe,
+    pair,
+)
 from torch import nn
 
 import syncbn
@@ -32,6 +42,7 @@ def test_every_dtype_equals_torch(shape, dtype, param_dtype):
     assert_same_training(*pair(len(shape), dtype=param_dtype), shape, dtype)
 
 
+@pytest.mark.skipif(COMPILED, reason="the compiled operators take them")
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_dtypes_that_torch_refuses_are_refused_in_one_process(dtype):
     other = torch.float16 if dtype == torch.bfloat16 else torch.bfloat16

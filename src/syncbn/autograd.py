@@ -22,9 +22,10 @@ def synchronised(
     input: Tensor,
     running_mean: Tensor | None,
     running_var: Tensor | None,
+    num_batches_tracked: Tensor | None,
     weight: Tensor | None,
     bias: Tensor | None,
-    momentum: float,
+    momentum: float | None,
     eps: float,
     comm: Communicator,
 ) -> Tensor:
@@ -40,7 +41,7 @@ def synchronised(
         anchor = torch.empty(0, device=input.device, requires_grad=True)
     result: Tensor = _SyncBatchNorm.apply(  # type: ignore[no-untyped-call]
         *(input, weight, bias, anchor, wants_gradient),
-        *(running_mean, running_var, momentum, eps, comm),
+        *(running_mean, running_var, num_batches_tracked, momentum, eps, comm),
     )
     return result
 
@@ -56,18 +57,19 @@ class _SyncBatchNorm(torch.autograd.Function):
         wants_gradient: bool,
         running_mean: Tensor | None,
         running_var: Tensor | None,
-        momentum: float,
+        num_batches_tracked: Tensor | None,
+        momentum: float | None,
         eps: float,
         comm: Communicator,
     ) -> Tensor:
-        kernels = serving(x.device)
+        kernels = serving(x)
         # A header of one number before the moments: does this rank want a gradient?
         sent = pad(kernels.measure(x), (1, 0), value=float(wants_gradient))
         received = comm.all_gather(sent)
         sets = received[:, 1:]
         _check_count(x, sets, comm)
         y, mean, invstd, count = kernels.normalise(
-            x, sets, weight, bias, running_mean, running_var, momentum, eps
+            *(x, sets, weight, bias, running_mean, running_var, num_batches_tracked, momentum, eps)
         )
         if wants_gradient or (anchor is not None and bool(received[:, 0].any())):
             ctx.save_for_backward(x, weight, mean, invstd, count)
@@ -81,7 +83,7 @@ class _SyncBatchNorm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, mean, invstd, count = ctx.saved_tensors
-        kernels = serving(x.device)
+        kernels = serving(x)
         local = kernels.gradient_sums(dy, x, mean, invstd)
         total = ctx.comm.all_reduce(local)
         wants_x, wants_weight, wants_bias = ctx.needs_input_grad[:3]
@@ -92,7 +94,7 @@ class _SyncBatchNorm(torch.autograd.Function):
             dweight = local[1].to(weight.dtype)
         if wants_bias:
             dbias = local[0].to(ctx.bias_dtype)
-        return dx, dweight, dbias, *(None,) * 7
+        return dx, dweight, dbias, *(None,) * 8
 
 
 def _check_count(x: Tensor, sets: Tensor, comm: Communicator) -> None:

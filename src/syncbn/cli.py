@@ -215,7 +215,7 @@ def _info(*, as_json: bool) -> None:
 
 def _facts() -> dict[str, dict[str, str]]:
     from .demo.run import versions
-    from .kernels import serving
+    from .kernels import describe
 
     devices = {
         "cpu": f"{torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
@@ -228,7 +228,7 @@ def _facts() -> dict[str, dict[str, str]]:
         "versions": versions(),
         "devices": devices,
         "engines": _engines(),
-        "kernels": {kind: serving(torch.device(kind)).NAME for kind in ("cpu", "cuda")},
+        "kernels": describe(),
     }
 
 

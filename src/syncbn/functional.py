@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import local
 from .autograd import synchronised
 from .comm import LOCAL, resolve
 
@@ -63,28 +64,55 @@ def sync_batch_norm(
         >>> bool(y.mean((0, 2, 3)).abs().max() < 1e-6)
         True
     """
+    check_options(momentum, eps)
+    return batch_norm(
+        *(input, running_mean, running_var, None, weight, bias, training, momentum, eps), group
+    )
+
+
+def batch_norm(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    num_batches_tracked: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    training: bool,
+    momentum: float | None,
+    eps: float,
+    group: Any,
+) -> Tensor:
+    """:func:`sync_batch_norm` for layers: counts batches, over which momentum None averages."""
     tracing: bool = torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
+    silent = not training or tracing or torch.compiler.is_exporting()
+    comm = LOCAL if silent or getattr(input, "is_meta", False) else resolve(group)
     if not tracing:  # a trace would record the checks, with warnings
-        check_options(momentum, eps)
-        check_input(input)
-        for name, tensor in (
-            ("running_mean", running_mean),
-            ("running_var", running_var),
-            ("weight", weight),
-            ("bias", bias),
+        check_options(0.0 if momentum is None else momentum, eps)
+        if (
+            training
+            and comm.size == 1
+            and local.serves(input, weight, bias, running_mean, running_var)
         ):
-            if tensor is not None:
-                _check_per_channel(name, tensor, input)
-        if (running_mean is None) != (running_var is None):
-            raise ValueError(
-                "sync_batch_norm: expected running_mean and running_var both or neither, got only "
-                f"running_{'var' if running_mean is None else 'mean'}"
-            )
-    silent = not training or tracing or input.is_meta or torch.compiler.is_exporting()
-    comm = LOCAL if silent else resolve(group)
-    if comm.size == 1:
-        return F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
-    return synchronised(input, running_mean, running_var, weight, bias, momentum, eps, comm)
+            try:
+                return local.batch_norm(
+                    *(input, weight, bias, running_mean, running_var, num_batches_tracked),
+                    *(momentum, eps),
+                )
+            except RuntimeError:  # the operator checks in no time; the words follow here
+                _check_tensors(input, running_mean, running_var, weight, bias)
+                raise
+        _check_tensors(input, running_mean, running_var, weight, bias)
+    if comm.size > 1:
+        return synchronised(
+            *(input, running_mean, running_var, num_batches_tracked, weight, bias),
+            *(momentum, eps, comm),
+        )
+    if momentum is None:
+        momentum = 0.0 if num_batches_tracked is None else 1 / (float(num_batches_tracked) + 1)
+    y = F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
+    if num_batches_tracked is not None:
+        num_batches_tracked.add_(1)
+    return y
 
 
 def check_options(momentum: float, eps: float) -> None:
@@ -135,7 +163,37 @@ def check_shape(name: str, shape: tuple[int, ...], input: Tensor) -> None:
         )
 
 
-def _check_per_channel(name: str, tensor: Tensor, input: Tensor) -> None:
+def _check_tensors(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+) -> None:
+    """Refuse tensors that aren't (C,), floating and on the device of input (N, C, *)."""
+    check_input(input)
+    shape, device = input.shape[1:2], input.device
+    for name, tensor in (
+        ("running_mean", running_mean),
+        ("running_var", running_var),
+        ("weight", weight),
+        ("bias", bias),
+    ):
+        if tensor is not None and not (
+            isinstance(tensor, Tensor)
+            and tensor.shape == shape
+            and tensor.device == device
+            and tensor.dtype.is_floating_point
+        ):
+            _refuse(name, tensor, input)
+    if (running_mean is None) != (running_var is None):
+        raise ValueError(
+            "sync_batch_norm: expected running_mean and running_var both or neither, got only "
+            f"running_{'var' if running_mean is None else 'mean'}"
+        )
+
+
+def _refuse(name: str, tensor: Any, input: Tensor) -> None:
     if not isinstance(tensor, Tensor) or not tensor.dtype.is_floating_point:
         got = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
         raise TypeError(
@@ -143,8 +201,7 @@ def _check_per_channel(name: str, tensor: Tensor, input: Tensor) -> None:
             "use the input's dtype or torch.float32"
         )
     check_shape(name, tensor.shape, input)
-    if tensor.device != input.device:
-        raise ValueError(
-            f"sync_batch_norm: expected {name} on the input's device {input.device}, got "
-            f"{tensor.device}; move one of them with .to()"
-        )
+    raise ValueError(
+        f"sync_batch_norm: expected {name} on the input's device {input.device}, got "
+        f"{tensor.device}; move one of them with .to()"
+    )

@@ -12,7 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm, _LazyNormBase
 from torch.nn.parameter import UninitializedBuffer, is_lazy
 
 from .comm import LOCAL, default_group, resolve
-from .functional import check_input, check_options, check_shape, sync_batch_norm
+from .functional import batch_norm, check_input, check_options, check_shape
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -79,8 +79,8 @@ class SyncBatchNorm(_BatchNorm):
 
     def forward(self, input: Tensor) -> Tensor:
         self._check_input_dim(input)
-        mean, var = self.running_mean, self.running_var
-        if self.weight is None and mean is None:  # no tensor that would tell
+        mean, var, weight = self.running_mean, self.running_var, self.weight
+        if weight is None and mean is None:  # no tensor that would tell
             check_input(input)
             check_shape("statistics", (self.num_features,), input)
         training = self.training or (mean is None and var is None)
@@ -90,23 +90,10 @@ class SyncBatchNorm(_BatchNorm):
                 counter = self.num_batches_tracked
             else:
                 mean = var = None
-        momentum = self.momentum
-        if momentum is None:
-            momentum = 0.0 if counter is None else 1.0 / (float(counter) + 1.0)
-        output = sync_batch_norm(
-            input,
-            mean,
-            var,
-            self.weight,
-            self.bias,
-            training,
-            momentum,
-            self.eps,
-            group=self.process_group if self.training else LOCAL,
+        return batch_norm(
+            *(input, mean, var, counter, weight, self.bias, training),
+            *(self.momentum, self.eps, self.process_group if self.training else LOCAL),
         )
-        if counter is not None:
-            counter.add_(1)
-        return output
 
     def reset_parameters(self) -> None:
         self.reset_running_stats()

@@ -1,4 +1,4 @@
-"""Arithmetic on one device: four operators, and which implementation serves which device.
+"""Arithmetic on one device: four operators, and which implementation serves which tensor.
 
 A kernel knows nothing of ranks: it sees one tensor, and packed moments of some sets of values.
 To add one, write a module with the four functions of :class:`Kernels`, let :func:`serving` return
@@ -8,12 +8,15 @@ to the specification, :mod:`syncbn.kernels.composite`.
 
 from __future__ import annotations
 
+import os
 from typing import Protocol, cast
 
-import torch
 from torch import Tensor
 
-from . import composite
+from . import composite, native
+
+VARIABLE = "SYNCBN_KERNELS"
+_choice: str | None = None
 
 
 class Kernels(Protocol):
@@ -31,7 +34,8 @@ class Kernels(Protocol):
         bias: Tensor | None,
         running_mean: Tensor | None,
         running_var: Tensor | None,
-        momentum: float,
+        num_batches_tracked: Tensor | None,
+        momentum: float | None,
         eps: float,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]: ...
 
@@ -49,6 +53,44 @@ class Kernels(Protocol):
     ) -> Tensor: ...
 
 
-def serving(device: torch.device) -> Kernels:
-    """The kernels that serve tensors on ``device``: plain torch operations, on every device."""
-    return cast(Kernels, composite)
+def serving(x: Tensor) -> Kernels:
+    """The kernels that serve x: the compiled ones where there are any for it, else composite."""
+    return cast(Kernels, native if native_serves(x) else composite)
+
+
+def describe() -> dict[str, str]:
+    """Which kernels serve tensors on the CPU and on CUDA here, in words."""
+    chosen = _chosen()
+    why = native.unavailable() or f"{VARIABLE} says so"
+    cpu = chosen if chosen == native.NAME else f"{chosen} ({why})"
+    return {"cpu": cpu, "cuda": composite.NAME}
+
+
+def native_serves(x: Tensor) -> bool:
+    """Whether the compiled operators serve x."""
+    return native.serves(x) and _chosen() == native.NAME
+
+
+def _chosen() -> str:
+    """The kernels for the CPU: what SYNCBN_KERNELS said when first asked, else the best."""
+    global _choice
+    if _choice is None:
+        _choice = _choose()
+    return _choice
+
+
+def _choose() -> str:
+    choice = os.environ.get(VARIABLE, "")
+    if choice not in ("", native.NAME, composite.NAME):
+        raise ValueError(
+            f"{VARIABLE}: expected {native.NAME} or {composite.NAME}, got {choice!r}; leave it "
+            "unset for the best available"
+        )
+    if choice == native.NAME and not native.available():
+        raise RuntimeError(f"{VARIABLE}: got {choice!r}, but {native.unavailable()}")
+    return choice or (native.NAME if native.available() else composite.NAME)
+
+
+# torch.compile calls it while it traces and takes the answer for granted. This is what
+# torch.compiler.assume_constant_result does, which would import the compiler now.
+_chosen._dynamo_marked_constant = True  # type: ignore[attr-defined]

@@ -47,19 +47,27 @@ def normalise(
     bias: Tensor | None,
     running_mean: Tensor | None,
     running_var: Tensor | None,
-    momentum: float,
+    num_batches_tracked: Tensor | None,
+    momentum: float | None,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """y = (x − mean)·invstd·weight + bias with the moments of all sets together.
 
     x: (N, C, *); sets: (k, 1 + 2C) packed moments of k sets, x among them. The running statistics,
-    where given, move by ``momentum`` towards the mean and the unbiased variance; without a single
-    value in any set they stay. Returns y like x, and per channel mean and invstd (C,) and count ().
+    where given, move by ``momentum`` (None: 1 / num_batches_tracked) towards the mean and the
+    unbiased variance; without a single value in any set they stay. num_batches_tracked counts this
+    batch. Returns y like x, and per channel mean and invstd (C,) and count ().
     """
     count, mean, m2 = merge(unpack(sets))
     invstd = (m2 / count.clamp_min(1) + eps).rsqrt()
     with torch.no_grad():
-        step = momentum * (count > 0).to(count.dtype)
+        if num_batches_tracked is not None:
+            num_batches_tracked.add_(1)
+        if momentum is None:
+            rate = 0.0 if num_batches_tracked is None else 1 / num_batches_tracked.to(count.dtype)
+        else:
+            rate = momentum
+        step = rate * (count > 0).to(count.dtype)
         _move(running_mean, mean, step)
         _move(running_var, m2 / (count - 1).clamp_min(1), step)
     values = _arithmetic(x)

@@ -1,0 +1,237 @@
+// Loops over planes: the positions of a channel lie next to each other (inner_stride 1).
+//
+// Included once per instruction set, inside its namespace (see loops.h).
+
+// How many elements are summed in the arithmetic's own precision before the sum goes on in double:
+// 32 for each of the four vectors of sums, which keeps rounding below 1e-6 whatever the data.
+constexpr int64_t block = 32 * 4 * SYNCBN_VECTOR_BYTES / 4;
+// A channel's first values, whose mean is the first shift; later ones are summed about the mean so
+// far. Sums about the mean of at least a quarter as many values lose nothing: the square of its
+// distance from the new values' mean enters M2 itself with a weight of n/5 or more.
+constexpr int64_t first_chunk = 1024;
+constexpr int64_t largest_chunk = 16384;
+
+struct Sums {
+  double first, second;
+};
+
+// Part of a tile: `planes` runs of `length` positions, the same in consecutive planes.
+struct Run {
+  int64_t outer, inner, length, planes;
+};
+
+// Calls body(run) for runs that make up positions [begin, end). Short whole planes come several at
+// a time, up to most() elements.
+template <class Most, class Body>
+SYNCBN_INLINE void for_runs(const View& x, int64_t begin, int64_t end, Most most, Body body) {
+  Run run{begin / x.inner, begin % x.inner, 0, 1};
+  for (int64_t left = end - begin; left > 0;) {
+    const int64_t bound = most();
+    run.length = x.inner - run.inner < left ? x.inner - run.inner : left;
+    if (run.length > bound) run.length = bound;
+    run.planes = 1;
+    if (run.length == x.inner) {
+      const int64_t whole = left / x.inner, some = (bound < block ? bound : block) / x.inner;
+      run.planes = some < 1 ? 1 : whole < some ? whole : some;
+    }
+    body(run);
+    left -= run.length * run.planes;
+    run.inner += run.length;
+    if (run.inner == x.inner) {
+      run.inner = 0;
+      run.outer += run.planes;
+    }
+  }
+}
+
+// Adds up the pairs of terms that a stream yields. A stream has pair(i, first, second), which adds
+// those of the 2·lanes elements from i on to two vectors each, and one(i, n, first, second), which
+// adds those of n ≤ lanes elements.
+template <class R, class Stream>
+SYNCBN_INLINE Sums sum_stream(int64_t length, int64_t planes, Stream stream) {
+  constexpr int64_t w = lanes<R>;
+  Sums sums{0, 0};
+  for (int64_t start = 0; start < length; start += block) {
+    const int64_t end = length - start < block ? length : start + block;
+    Vector<R> first[4] = {}, second[4] = {};
+    for (int64_t plane = 0; plane < planes; ++plane) {
+      const auto here = stream.plane(plane);
+      int64_t i = start;
+      for (; i + 4 * w <= end; i += 4 * w) {
+        here.pair(i, first, second);
+        here.pair(i + 2 * w, first + 2, second + 2);
+      }
+      if (i + 2 * w <= end) {
+        here.pair(i, first, second);
+        i += 2 * w;
+      }
+      if (i + w <= end) {
+        here.one(i, w, first[2], second[2]);
+        i += w;
+      }
+      if (i < end) here.one(i, end - i, first[3], second[3]);
+    }
+    sums.first += sum<R>((first[0] + first[1]) + (first[2] + first[3]));
+    sums.second += sum<R>((second[0] + second[1]) + (second[2] + second[3]));
+  }
+  return sums;
+}
+
+// Σ(x − shift) and Σ(x − shift)².
+template <class T>
+struct Deviations {
+  using R = Real<T>;
+  const T* x;
+  int64_t stride;
+  Vector<R> shift;
+
+  SYNCBN_INLINE Deviations plane(int64_t n) const { return {x + n * stride, stride, shift}; }
+  SYNCBN_INLINE void add(Vector<R> value, Vector<R>& first, Vector<R>& second) const {
+    const Vector<R> deviation = value - shift;
+    first += deviation;
+    second += deviation * deviation;
+  }
+  SYNCBN_INLINE void pair(int64_t i, Vector<R>* first, Vector<R>* second) const {
+    const Pair<R> v = load_pair(x + i);
+    add(v.a, first[0], second[0]);
+    add(v.b, first[1], second[1]);
+  }
+  SYNCBN_INLINE void one(int64_t i, int64_t n, Vector<R>& first, Vector<R>& second) const {
+    add(n == lanes<R> ? load(x + i) : first_or<R>(load_some(x + i, n), n, shift), first, second);
+  }
+};
+
+// Σdy and Σdy·(x − shift).
+template <class T>
+struct Products {
+  using R = Real<T>;
+  const T *dy, *x;
+  int64_t dy_stride, x_stride;
+  Vector<R> shift;
+
+  SYNCBN_INLINE Products plane(int64_t n) const {
+    return {dy + n * dy_stride, x + n * x_stride, dy_stride, x_stride, shift};
+  }
+  SYNCBN_INLINE void add(Vector<R> dy, Vector<R> x, Vector<R>& first, Vector<R>& second) const {
+    first += dy;
+    second += dy * (x - shift);
+  }
+  SYNCBN_INLINE void pair(int64_t i, Vector<R>* first, Vector<R>* second) const {
+    const Pair<R> gradient = load_pair(dy + i), value = load_pair(x + i);
+    add(gradient.a, value.a, first[0], second[0]);
+    add(gradient.b, value.b, first[1], second[1]);
+  }
+  SYNCBN_INLINE void one(int64_t i, int64_t n, Vector<R>& first, Vector<R>& second) const {
+    if (n == lanes<R>)
+      add(load(dy + i), load(x + i), first, second);
+    else  // loaded beyond n are zeros
+      add(load_some(dy + i, n), load_some(x + i, n), first, second);
+  }
+};
+
+template <class T>
+void measure_planes(const View& x, const Tile& t, double* mean, double* m2) {
+  using R = Real<T>;
+  int64_t count = 0;
+  auto most = [&]() SYNCBN_LAMBDA {
+    return count == 0 ? first_chunk : count < largest_chunk / 4 ? 4 * count : largest_chunk;
+  };
+  for_runs(x, t.position_begin, t.position_end, most, [&](const Run& run) SYNCBN_LAMBDA {
+    const int64_t n = run.length * run.planes;
+    const Merge merge{double(count), double(n)};
+    for (int64_t c = t.channel_begin; c < t.channel_end; ++c) {
+      const T* p = x.at<T>(c, run.outer, run.inner);
+      auto sums_about = [&](R shift) SYNCBN_LAMBDA {
+        return sum_stream<R>(run.length, run.planes,
+                             Deviations<T>{p, x.outer_stride, broadcast<R>(shift)});
+      };
+      if (count == 0) {
+        const R start = first_of(p);
+        mean[c] = start + sums_about(start).first * merge.inverse2;
+        m2[c] = 0;
+      }
+      const R shift = R(mean[c]);
+      const Sums s = sums_about(shift);
+      merge.sums(mean[c], m2[c], shift, s.first, s.second);
+    }
+    count += n;
+  });
+}
+
+template <class T>
+void gradient_sums_planes(const View& dy, const View& x, const Tile& t, const void* shifts,
+                          double* total, double* dot) {
+  using R = Real<T>;
+  for (int64_t c = t.channel_begin; c < t.channel_end; ++c) total[c] = dot[c] = 0;
+  auto most = []() SYNCBN_LAMBDA { return block; };
+  for_runs(x, t.position_begin, t.position_end, most, [&](const Run& run) SYNCBN_LAMBDA {
+    for (int64_t c = t.channel_begin; c < t.channel_end; ++c) {
+      const Products<T> products{dy.at<T>(c, run.outer, run.inner),
+                                 x.at<T>(c, run.outer, run.inner), dy.outer_stride,
+                                 x.outer_stride, broadcast(static_cast<const R*>(shifts)[c])};
+      const Sums s = sum_stream<R>(run.length, run.planes, products);
+      total[c] += s.first;
+      dot[c] += s.second;
+    }
+  });
+}
+
+// Calls body(c, outer, inner, length) for each part of a plane in the tile.
+template <class Body>
+SYNCBN_INLINE void for_planes(const View& x, const Tile& t, Body body) {
+  auto most = [&]() SYNCBN_LAMBDA { return x.inner; };
+  for_runs(x, t.position_begin, t.position_end, most, [&](const Run& run) SYNCBN_LAMBDA {
+    for (int64_t c = t.channel_begin; c < t.channel_end; ++c)
+      body(c, run.outer, run.inner, run.length);
+  });
+}
+
+template <class T>
+void normalise_planes(const View& x, const View& y, const Tile& t, const Coefficients& k) {
+  using R = Real<T>;
+  constexpr int64_t w = lanes<R>;
+  for_planes(x, t, [&](int64_t c, int64_t o, int64_t i, int64_t length) SYNCBN_LAMBDA {
+    const T* from = x.at<T>(c, o, i);
+    T* to = y.at<T>(c, o, i);
+    const Vector<R> shift = broadcast(k.shifts<R>()[c]), scale = broadcast(k.scales<R>()[c]),
+                    offset = broadcast(k.offsets<R>()[c]);
+    auto result = [=](Vector<R> v) SYNCBN_LAMBDA { return (v - shift) * scale + offset; };
+    int64_t j = 0;
+    for (; j + 2 * w <= length; j += 2 * w) {
+      const Pair<R> v = load_pair(from + j);
+      store_pair(to + j, Pair<R>{result(v.a), result(v.b)});
+    }
+    if (j + w <= length) {
+      store(to + j, result(load(from + j)));
+      j += w;
+    }
+    if (j < length) store_some(to + j, length - j, result(load_some(from + j, length - j)));
+  });
+}
+
+template <class T>
+void input_gradient_planes(const View& dy, const View& x, const View& dx, const Tile& t,
+                           const Coefficients& k) {
+  using R = Real<T>;
+  constexpr int64_t w = lanes<R>;
+  for_planes(x, t, [&](int64_t c, int64_t o, int64_t i, int64_t length) SYNCBN_LAMBDA {
+    const T *g = dy.at<T>(c, o, i), *p = x.at<T>(c, o, i);
+    T* to = dx.at<T>(c, o, i);
+    const Vector<R> shift = broadcast(k.shifts<R>()[c]), scale = broadcast(k.scales<R>()[c]),
+                    slope = broadcast(k.slopes<R>()[c]), offset = broadcast(k.offsets<R>()[c]);
+    auto result = [=](Vector<R> dy, Vector<R> x) SYNCBN_LAMBDA {
+      return dy * scale + ((x - shift) * slope + offset);
+    };
+    int64_t j = 0;
+    for (; j + 2 * w <= length; j += 2 * w) {
+      const Pair<R> gradient = load_pair(g + j), value = load_pair(p + j);
+      store_pair(to + j, Pair<R>{result(gradient.a, value.a), result(gradient.b, value.b)});
+    }
+    if (j + w <= length) {
+      store(to + j, result(load(g + j), load(p + j)));
+      j += w;
+    }
+    const int64_t n = length - j;
+    if (n > 0) store_some(to + j, n, result(load_some(g + j, n), load_some(p + j, n)));
+  });
+}

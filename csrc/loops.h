@@ -1,0 +1,43 @@
+// The loops for one instruction set. A source file includes this once, after it has defined
+//   SYNCBN_ISA, SYNCBN_NAME  the namespace's name, and the set's name in words,
+//   SYNCBN_VECTOR_BYTES  the width of a vector register,
+//   SYNCBN_AVX           the width in bits of its AVX instructions, 0 without,
+// and has told the compiler to use that set (see isa_*.cpp). No function of the
+// standard library is used in here: compiled for a new processor, it could replace its twin for
+// old ones when the files are linked.
+#pragma once
+
+#include <type_traits>
+#include <utility>
+
+#include "types.h"
+
+namespace syncbn::SYNCBN_ISA {
+
+#include "vector.h"
+#include "moments.h"
+#include "contiguous.h"
+#include "channels_last.h"
+
+template <class T>
+constexpr Loops planes = {measure_planes<T>, normalise_planes<T>, gradient_sums_planes<T>,
+                          input_gradient_planes<T>};
+template <class T>
+constexpr Loops rows = {measure_rows<T>, normalise_rows<T>, gradient_sums_rows<T>,
+                        input_gradient_rows<T>};
+template <class R>
+constexpr ChannelLoops channels = {merge_moments,           inverse_deviation,
+                                   forward_coefficients<R>, backward_coefficients<R>,
+                                   shifts<R>,               project<R>};
+
+extern const Loopset loopset;
+const Loopset loopset = {
+    SYNCBN_NAME,
+    {{planes<float>, rows<float>},
+     {planes<double>, rows<double>},
+     {planes<BFloat16>, rows<BFloat16>},
+     {planes<Half>, rows<Half>}},
+    {channels<float>, channels<double>, channels<float>, channels<float>},
+};
+
+}  // namespace syncbn::SYNCBN_ISA

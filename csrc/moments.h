@@ -1,0 +1,90 @@
+// Per-channel arithmetic, all in double: how moments merge and what follows from them.
+//
+// Included once per instruction set, inside its namespace; plain loops over channels.
+//
+// Sets merge by the formula of Chan, Golub & LeVeque (1979): n = n₁+n₂, δ = m₂−m₁,
+// m = m₁ + δ·n₂/n, M2 = M2₁ + M2₂ + δ²·n₁n₂/n.
+
+struct Merge {
+  double inverse2, weight, product;  // 1/n₂, n₂/n, n₁n₂/n
+
+  Merge(double n1, double n2)
+      : inverse2(1 / n2), weight(n2 / (n1 + n2)), product(n1 * (n2 / (n1 + n2))) {}
+
+  // Adds to (mean, M2) of n₁ values those of n₂ more.
+  SYNCBN_INLINE void moments(double& mean, double& m2, double mean2, double m22) const {
+    double delta = mean2 - mean;
+    mean += delta * weight;
+    m2 += m22 + delta * delta * product;
+  }
+  // The same for n₂ values of which Σ(x − shift) and Σ(x − shift)² are known.
+  SYNCBN_INLINE void sums(double& mean, double& m2, double shift, double s1, double s2) const {
+    double average = s1 * inverse2, within = s2 - s1 * average;
+    double delta = (shift - mean) + average;
+    mean += delta * weight;
+    m2 += (within < 0 ? 0 : within) + delta * delta * product;
+  }
+};
+
+inline void merge_moments(int64_t channels, double n1, double* __restrict mean,
+                          double* __restrict m2, double n2, const double* __restrict mean2,
+                          const double* __restrict m22) {
+  const Merge merge{n1, n2};
+  for (int64_t c = 0; c < channels; ++c) merge.moments(mean[c], m2[c], mean2[c], m22[c]);
+}
+
+inline void inverse_deviation(int64_t channels, double count, const double* __restrict m2,
+                              double eps, double* __restrict invstd) {
+  const double inverse = 1 / (count < 1 ? 1 : count);
+  for (int64_t c = 0; c < channels; ++c) invstd[c] = 1 / __builtin_sqrt(m2[c] * inverse + eps);
+}
+
+// y = (x − mean)·invstd·weight + bias as (x − shift)·scale + offset.
+template <class R>
+void forward_coefficients(int64_t channels, const ChannelValues& v, const Coefficients& k) {
+  const double *__restrict mean = v.mean, *__restrict invstd = v.invstd,
+               *__restrict weight = v.weight, *__restrict bias = v.bias;
+  R *__restrict shift = k.shifts<R>(), *__restrict scale = k.scales<R>(),
+    *__restrict offset = k.offsets<R>();
+  for (int64_t c = 0; c < channels; ++c) {
+    double s = invstd[c] * weight[c];
+    shift[c] = R(mean[c]);
+    scale[c] = R(s);
+    offset[c] = R(bias[c] + (double(shift[c]) - mean[c]) * s);
+  }
+}
+
+// dx = weight·invstd·(dy − Σdy/n − x̂·Σ(dy·x̂)/n) as dy·scale + (x − shift)·slope + offset.
+template <class R>
+void backward_coefficients(int64_t channels, double count, const ChannelValues& v,
+                           const double* __restrict total, const double* __restrict projection,
+                           const Coefficients& k) {
+  const double *__restrict mean = v.mean, *__restrict invstd = v.invstd,
+               *__restrict weight = v.weight;
+  R *__restrict shift = k.shifts<R>(), *__restrict scale = k.scales<R>(),
+    *__restrict slope = k.slopes<R>(), *__restrict offset = k.offsets<R>();
+  const double inverse = 1 / (count < 1 ? 1 : count);
+  for (int64_t c = 0; c < channels; ++c) {
+    double s = invstd[c] * weight[c];
+    double t = -projection[c] * inverse * invstd[c] * s;
+    shift[c] = R(mean[c]);
+    scale[c] = R(s);
+    slope[c] = R(t);
+    offset[c] = R((double(shift[c]) - mean[c]) * t - total[c] * inverse * s);
+  }
+}
+
+template <class R>
+void shifts(int64_t channels, const double* __restrict mean, void* shift) {
+  R* __restrict to = static_cast<R*>(shift);
+  for (int64_t c = 0; c < channels; ++c) to[c] = R(mean[c]);
+}
+
+// Σdy·(x − shift), with the shift above, becomes Σdy·x̂.
+template <class R>
+void project(int64_t channels, const ChannelValues& v, const double* __restrict total,
+             double* __restrict dot) {
+  const double *__restrict mean = v.mean, *__restrict invstd = v.invstd;
+  for (int64_t c = 0; c < channels; ++c)
+    dot[c] = (dot[c] + (double(R(mean[c])) - mean[c]) * total[c]) * invstd[c];
+}

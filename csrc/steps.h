@@ -1,0 +1,250 @@
+// The four steps of synchronised batch normalisation, and the two of a single process, on views.
+// Formulas and shapes: src/syncbn/kernels/composite.py.
+#pragma once
+
+#include <cstdint>
+#include <initializer_list>
+#include <memory>
+
+#include "parallel.h"
+#include "parameters.h"
+#include "types.h"
+#include "work.h"
+
+namespace syncbn {
+
+class Scratch {
+ public:
+  explicit Scratch(int64_t doubles) : memory_(new double[size_t(doubles)]), next_(memory_.get()) {}
+  double* take(int64_t doubles) {
+    double* p = next_;
+    next_ += doubles;
+    return p;
+  }
+
+ private:
+  std::unique_ptr<double[]> memory_;
+  double* next_;
+};
+
+inline Coefficients take_coefficients(Scratch& scratch, int64_t columns) {
+  return {scratch.take(columns), scratch.take(columns), scratch.take(columns),
+          scratch.take(columns)};
+}
+
+// Runs `unit` over all units, from the last to the first where `backwards`: what a first pass
+// touched last, a second pass finds in the cache.
+template <class Unit>
+void over_units(const Parallel& parallel, const Work& w, bool backwards, Unit unit) {
+  parallel(w.units(), 2, [&](int64_t begin, int64_t end) {
+    for (int64_t k = begin; k < end; ++k) {
+      const int64_t u = backwards ? end - 1 - (k - begin) : k;
+      unit(w.unit_tile(u), w.unit_segment(u));
+    }
+  });
+}
+
+// --- moments ---------------------------------------------------------------------------------
+
+// Partial moments per segment and column, and the sums of the backward pass, are pairs of arrays.
+struct Pairs {
+  double *first, *second;
+  Pairs row(int64_t r, int64_t columns) const {
+    return {first + r * columns, second + r * columns};
+  }
+};
+
+// Merges all segments of columns [begin, end) into the first segment's.
+inline void merge_segments(const Work& w, const Pairs& partial, int64_t begin, int64_t end) {
+  for (int64_t s = 1; s < w.segments; ++s) {
+    const Pairs more = partial.row(s, w.columns);
+    w.per_channel->merge_moments(end - begin, double(s * w.segment), partial.first + begin,
+                                 partial.second + begin, double(w.segment_length(s)),
+                                 more.first + begin, more.second + begin);
+  }
+}
+
+// Merges the columns of each channel, the tail's position with them.
+inline void merge_columns(const Work& w, const Pairs& partial, const Pairs& result) {
+  const int64_t groups = w.columns / w.channels;
+  const Pairs tail = partial.row(w.segments, w.columns);
+  if (w.tail)
+    w.per_channel->merge_moments(w.tail, double(w.positions), partial.first, partial.second, 1,
+                                 tail.first, tail.second);
+  const int64_t step = w.divide == 1 ? 1 : groups, jump = w.divide == 1 ? w.channels : 1;
+  double count = 0;
+  for (int64_t c = 0; c < w.channels; ++c) result.first[c] = result.second[c] = 0;
+  for (int64_t g = 0; g < groups; ++g) {
+    const double more = double(w.positions + (g * w.channels < w.tail));
+    const double weight = more / (count + more), product = count * weight;
+    for (int64_t c = 0; c < w.channels; ++c) {
+      const int64_t j = g * jump + c * step;
+      const double delta = partial.first[j] - result.first[c];
+      result.first[c] += delta * weight;
+      result.second[c] += partial.second[j] + delta * delta * product;
+    }
+    count += more;
+  }
+}
+
+inline void measure_tail(const Work& w, const View& x, const Pairs& partial) {
+  const Pairs tail = partial.row(w.segments, w.columns);
+  if (w.tail) w.loops->measure(x, w.tail_tile(), tail.first, tail.second);
+}
+
+// --- gradient sums ---------------------------------------------------------------------------
+
+inline void add_segments(const Work& w, const Pairs& partial, int64_t begin, int64_t end) {
+  for (int64_t s = 1; s < w.segments; ++s) {
+    const Pairs more = partial.row(s, w.columns);
+    for (int64_t j = begin; j < end; ++j) partial.first[j] += more.first[j];
+    for (int64_t j = begin; j < end; ++j) partial.second[j] += more.second[j];
+  }
+}
+
+inline void add_columns(const Work& w, const Pairs& partial, const Pairs& result) {
+  const int64_t groups = w.columns / w.channels;
+  const Pairs tail = partial.row(w.segments, w.columns);
+  for (int64_t j = 0; j < w.tail; ++j) partial.first[j] += tail.first[j];
+  for (int64_t j = 0; j < w.tail; ++j) partial.second[j] += tail.second[j];
+  const int64_t step = w.divide == 1 ? 1 : groups, jump = w.divide == 1 ? w.channels : 1;
+  for (int64_t c = 0; c < w.channels; ++c) {
+    double first = 0, second = 0;
+    for (int64_t g = 0; g < groups; ++g) first += partial.first[g * jump + c * step];
+    for (int64_t g = 0; g < groups; ++g) second += partial.second[g * jump + c * step];
+    result.first[c] = first;
+    result.second[c] = second;
+  }
+}
+
+// --- coefficients per column -----------------------------------------------------------------
+
+template <class R>
+void spread(const Work& w, void* values) {
+  R* v = static_cast<R*>(values);
+  if (w.divide == 1)
+    for (int64_t j = w.channels; j < w.columns; ++j) v[j] = v[j - w.channels];
+  else
+    for (int64_t j = w.columns - 1; j >= 0; --j) v[j] = v[j / w.divide];
+}
+
+// From values per channel, at the front of each array, to values per column.
+inline void spread_coefficients(const Work& w, std::initializer_list<void*> arrays) {
+  if (w.columns == w.channels) return;
+  for (void* values : arrays) w.real_size == 8 ? spread<double>(w, values) : spread<float>(w, values);
+}
+
+inline Coefficients from_channel(const Work& w, const Coefficients& k, int64_t c) {
+  auto at = [&](void* p) { return static_cast<void*>(static_cast<char*>(p) + c * w.real_size); };
+  return {at(k.shift), at(k.scale), at(k.offset), at(k.slope)};
+}
+
+// --- the steps -------------------------------------------------------------------------------
+
+// Packed moments [count, mean…, M2…] of x.
+inline void measure(const Parallel& parallel, const Work& w, const View& x, double* packed) {
+  Scratch scratch(2 * w.columns * (w.segments + 1));
+  Pairs result{packed + 1, packed + 1 + w.channels};
+  Pairs partial{scratch.take(w.columns * (w.segments + 1)),
+                scratch.take(w.columns * (w.segments + 1))};
+  packed[0] = double(w.count());
+  const bool direct = w.columns == w.channels && w.segments == 1;
+  if (direct) partial = result;
+  over_units(parallel, w, false, [&](int64_t t, int64_t s) {
+    const Pairs to = partial.row(s, w.columns);
+    w.loops->measure(x, w.tile(t, s), to.first, to.second);
+  });
+  if (direct) return;
+  measure_tail(w, x, partial);
+  merge_segments(w, partial, 0, w.columns);
+  merge_columns(w, partial, result);
+}
+
+struct Affine {
+  Parameter weight, bias;
+};
+
+// The union of k sets of packed moments, `stride` doubles apart; returns its count.
+inline double merge_sets(const double* sets, int64_t k, int64_t stride, int64_t channels,
+                         const ChannelLoops& loops, double* mean, double* m2) {
+  double count = 0;
+  for (int64_t c = 0; c < channels; ++c) mean[c] = m2[c] = 0;
+  for (int64_t i = 0; i < k; ++i, sets += stride) {
+    if (sets[0] == 0) continue;  // an empty set weighs nothing
+    loops.merge_moments(channels, count, mean, m2, sets[0], sets + 1, sets + 1 + channels);
+    count += sets[0];
+  }
+  return count;
+}
+
+// What one process knows of the statistics before it normalises.
+struct Statistics {
+  double count;
+  double *mean, *invstd;
+};
+
+// Running statistics and invstd from the merged moments.
+inline void follow(const ChannelLoops& loops, int64_t channels, double count, const double* mean,
+                   const double* m2, const Running& running, double eps, double* invstd) {
+  const double step = running.step();
+  if (count > 0) move_running(running, 0, channels, step, count, mean, m2);
+  loops.inverse_deviation(channels, count, m2, eps, invstd);
+}
+
+inline void normalise(const Parallel& parallel, const Work& w, const View& x, const View& y,
+                      const Affine& affine, const Statistics& statistics) {
+  Scratch scratch(2 * w.channels + 4 * w.columns);
+  double *weight = scratch.take(w.channels), *bias = scratch.take(w.channels);
+  const Coefficients k = take_coefficients(scratch, w.columns);
+  read(affine.weight, w.channels, 1, weight);
+  read(affine.bias, w.channels, 0, bias);
+  w.per_channel->forward_coefficients(
+      w.channels, {statistics.mean, statistics.invstd, weight, bias}, k);
+  spread_coefficients(w, {k.shift, k.scale, k.offset});
+  over_units(parallel, w, true, [&](int64_t t, int64_t s) {
+    w.loops->normalise(x, y, w.tile(t, s), k);
+  });
+  if (w.tail) w.loops->normalise(x, y, w.tail_tile(), k);
+}
+
+// sums: Σdy and Σdy·x̂ per channel.
+inline void gradient_sums(const Parallel& parallel, const Work& w, const View& dy, const View& x,
+                          const double* mean, const double* invstd, double* sums) {
+  Scratch scratch(w.columns + 2 * w.columns * (w.segments + 1));
+  double* shift = scratch.take(w.columns);
+  Pairs result{sums, sums + w.channels};
+  Pairs partial{scratch.take(w.columns * (w.segments + 1)),
+                scratch.take(w.columns * (w.segments + 1))};
+  w.per_channel->shifts(w.channels, mean, shift);
+  spread_coefficients(w, {shift});
+  over_units(parallel, w, false, [&](int64_t t, int64_t s) {
+    const Pairs to = partial.row(s, w.columns);
+    w.loops->gradient_sums(dy, x, w.tile(t, s), shift, to.first, to.second);
+  });
+  const Pairs tail = partial.row(w.segments, w.columns);
+  if (w.tail) w.loops->gradient_sums(dy, x, w.tail_tile(), shift, tail.first, tail.second);
+  add_segments(w, partial, 0, w.columns);
+  add_columns(w, partial, result);
+  w.per_channel->project(w.channels, {mean, invstd, nullptr, nullptr}, result.first,
+                         result.second);
+}
+
+// sums: those of all sets together, of `count` values per channel.
+inline void input_gradient(const Parallel& parallel, const Work& w, const View& dy, const View& x,
+                           const View& dx, const Parameter& weights, const Statistics& statistics,
+                           const double* sums) {
+  Scratch scratch(w.channels + 4 * w.columns);
+  double* weight = scratch.take(w.channels);
+  const Coefficients k = take_coefficients(scratch, w.columns);
+  read(weights, w.channels, 1, weight);
+  w.per_channel->backward_coefficients(w.channels, statistics.count,
+                                       {statistics.mean, statistics.invstd, weight, nullptr}, sums,
+                                       sums + w.channels, k);
+  spread_coefficients(w, {k.shift, k.scale, k.slope, k.offset});
+  over_units(parallel, w, true, [&](int64_t t, int64_t s) {
+    w.loops->input_gradient(dy, x, dx, w.tile(t, s), k);
+  });
+  if (w.tail) w.loops->input_gradient(dy, x, dx, w.tail_tile(), k);
+}
+
+}  // namespace syncbn

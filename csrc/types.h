@@ -1,0 +1,111 @@
+// What the loops and the steps agree on: element types, views of tensors, tables of loops. No torch.
+#pragma once
+
+#include <cstdint>
+
+namespace syncbn {
+
+enum class Dtype : int { float32, float64, bfloat16, float16 };
+constexpr int dtypes = 4;
+
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Half {
+  uint16_t bits;
+};
+
+// The type of the arithmetic on T and of its per-channel coefficients.
+template <class T>
+struct Arithmetic {
+  using type = float;
+};
+template <>
+struct Arithmetic<double> {
+  using type = double;
+};
+template <class T>
+using Real = typename Arithmetic<T>::type;
+
+// A tensor as channels × positions. Positions run over `outer` × `inner`; strides count elements.
+// Two layouts have loops: planes (inner_stride 1, as in contiguous NCHW) and rows (channel_stride
+// 1, as in channels_last or (N, C)).
+struct View {
+  char* data;
+  int64_t channels, outer, inner;
+  int64_t channel_stride, outer_stride, inner_stride;
+
+  int64_t positions() const { return outer * inner; }
+
+  template <class T>
+  T* at(int64_t channel, int64_t o, int64_t i) const {
+    return reinterpret_cast<T*>(data) + channel * channel_stride + o * outer_stride +
+           i * inner_stride;
+  }
+};
+
+enum class Layout : int { planes, rows };
+constexpr int layouts = 2;
+
+// A part of a view: the unit of work.
+struct Tile {
+  int64_t channel_begin, channel_end, position_begin, position_end;
+
+  int64_t channels() const { return channel_end - channel_begin; }
+  int64_t positions() const { return position_end - position_begin; }
+};
+
+// Per-channel coefficients of y = (x − shift)·scale + offset and of
+// dx = dy·scale + (x − shift)·slope + offset: arrays of the arithmetic's type. The shift is the
+// mean rounded to that type: subtracting it is exact where it matters, whatever the mean is.
+struct Coefficients {
+  void *shift, *scale, *offset, *slope;
+
+  template <class R>
+  R* shifts() const { return static_cast<R*>(shift); }
+  template <class R>
+  R* scales() const { return static_cast<R*>(scale); }
+  template <class R>
+  R* offsets() const { return static_cast<R*>(offset); }
+  template <class R>
+  R* slopes() const { return static_cast<R*>(slope); }
+};
+
+struct ChannelValues {
+  const double *mean, *invstd, *weight, *bias;
+};
+
+// The loops over elements, for one element type and layout. Arrays are indexed by channel.
+struct Loops {
+  // The moments of each channel of the tile: its mean and sum of squared deviations from it.
+  void (*measure)(const View& x, const Tile&, double* mean, double* m2);
+  void (*normalise)(const View& x, const View& y, const Tile&, const Coefficients&);
+  // Σdy and Σdy·(x − shift).
+  void (*gradient_sums)(const View& dy, const View& x, const Tile&, const void* shift,
+                        double* total, double* dot);
+  void (*input_gradient)(const View& dy, const View& x, const View& dx, const Tile&,
+                         const Coefficients&);
+};
+
+// The loops over channels, for one type of arithmetic; see moments.h.
+struct ChannelLoops {
+  void (*merge_moments)(int64_t channels, double n1, double* mean, double* m2, double n2,
+                        const double* mean2, const double* m22);
+  void (*inverse_deviation)(int64_t channels, double count, const double* m2, double eps,
+                            double* invstd);
+  void (*forward_coefficients)(int64_t channels, const ChannelValues&, const Coefficients&);
+  void (*backward_coefficients)(int64_t channels, double count, const ChannelValues&,
+                                const double* total, const double* projection,
+                                const Coefficients&);
+  void (*shifts)(int64_t channels, const double* mean, void* shift);
+  void (*project)(int64_t channels, const ChannelValues&, const double* total, double* dot);
+};
+
+// All loops for one instruction set.
+struct Loopset {
+  const char* name;
+  Loops elements[dtypes][layouts];
+  ChannelLoops channels[dtypes];
+};
+
+}  // namespace syncbn

@@ -1,0 +1,93 @@
+"""Batch normalisation by one process alone, with the compiled operators: nothing to share, so that
+measure and normalise go together over what the cache holds, and the two backward steps likewise.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from .kernels import composite, native, native_serves
+from .moments import merge, unpack
+
+
+def serves(x: Tensor, *others: Tensor | None) -> bool:
+    """Whether :func:`batch_norm` takes x, with parameters and statistics ``others``.
+
+    A single value per channel is left to torch, which has an error for it; so are torch.compile,
+    which fuses torch's own operator, torch.func and forward-mode derivatives.
+    """
+    return (
+        not torch.compiler.is_compiling()
+        and native_serves(x)
+        and x.dim() > 1
+        and x.numel() > x.shape[1]
+        and not torch._C._are_functorch_transforms_active()
+        and forward_ad._current_level < 0
+        and all(other is None or other.is_cpu for other in others)
+    )
+
+
+def batch_norm(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    num_batches_tracked: Tensor | None,
+    momentum: float | None,
+    eps: float,
+) -> Tensor:
+    """y of x's own statistics. x: served by the native kernels, two values per channel or more."""
+    rest = (running_mean, running_var, num_batches_tracked, momentum, eps)
+    if torch.is_grad_enabled() and (
+        x.requires_grad
+        or (weight is not None and weight.requires_grad)
+        or (bias is not None and bias.requires_grad)
+    ):
+        result: Tensor = _apply(x, weight, bias, rest)  # type: ignore[no-untyped-call]
+        return result
+    return native.batch_norm(x, weight, bias, *rest)[0]
+
+
+class _BatchNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, rest: tuple[Any, ...]
+    ) -> Tensor:
+        y, statistics = native.batch_norm(x, weight, bias, *rest)
+        ctx.save_for_backward(x, weight)
+        ctx.statistics = statistics  # made here, of nobody else's: need not be guarded by autograd
+        ctx.eps = rest[-1]
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        wants_x, wants_weight, wants_bias, _ = ctx.needs_input_grad
+        dx = None
+        if torch.is_grad_enabled():  # create_graph
+            dx, dweight, dbias = _differentiable_gradients(dy, x, weight, ctx.eps)
+        elif wants_x:
+            dx, dweight, dbias = native.batch_norm_backward(dy, x, weight, ctx.statistics)
+        else:
+            dbias, dweight = native.gradient_sums(dy, x, *ctx.statistics.unbind()).unbind()
+        return dx, dweight if wants_weight else None, dbias if wants_bias else None, None
+
+
+# Function.apply looks first for torch.func, which serves() excludes: half a microsecond.
+_apply = super(torch.autograd.Function, _BatchNorm).apply
+
+
+def _differentiable_gradients(
+    dy: Tensor, x: Tensor, weight: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(dx, dweight, dbias) in operations that autograd can differentiate again."""
+    count, mean, m2 = merge(unpack(composite.measure(x).unsqueeze(0)))
+    invstd = (m2 / count + eps).rsqrt()
+    sums = composite.gradient_sums(dy, x, mean, invstd)
+    dx = composite.input_gradient(dy, x, weight, mean, invstd, sums, count)
+    return dx, sums[1], sums[0]

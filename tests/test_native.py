@@ -1,0 +1,156 @@
+"""The compiled CPU operators: exact, whatever the number of threads, or cleanly absent."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from cases import laid_out, layouts
+from hypothesis import given
+from hypothesis import strategies as st
+
+import syncbn
+from syncbn import kernels
+from syncbn.kernels import composite, native
+from syncbn.moments import unpack
+
+needs_native = pytest.mark.skipif(not native.available(), reason=str(native.unavailable()))
+
+
+def run_python(program: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", program],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env=os.environ | environment,
+        check=False,
+    )
+
+
+@st.composite
+def tensors(draw):
+    dims = draw(st.integers(2, 5))
+    shape = [draw(st.integers(1, 5)), draw(st.sampled_from((1, 2, 3, 8, 17, 64)))]
+    shape += draw(st.lists(st.integers(1, 19), min_size=dims - 2, max_size=dims - 2))
+    dtype = draw(st.sampled_from((torch.float32, torch.float64, torch.bfloat16, torch.float16)))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 1000)))
+    values = torch.randn(shape, generator=generator, dtype=torch.float64) + draw(
+        st.sampled_from((0, 5))
+    )
+    return laid_out(values.to(dtype), draw(st.sampled_from(layouts(dims))))
+
+
+@needs_native
+@given(tensors())
+def test_measure_equals_the_specification(x):
+    expected = unpack(composite.measure(x.double()))
+    count, mean, m2 = unpack(native.measure(x))
+    assert count == expected.count
+    scale = (expected.m2 / expected.count).sqrt().max().item() + 1e-3
+    torch.testing.assert_close(mean, expected.mean, rtol=1e-7, atol=1e-6 * scale)
+    torch.testing.assert_close(m2, expected.m2, rtol=2e-6, atol=1e-5 * scale)
+
+
+@needs_native
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "transposed", "strided"])
+@pytest.mark.parametrize("ratio", [0.0, 10.0, 1e3, 1e4])
+def test_statistics_within_a_millionth(layout, ratio):
+    """Of the float64 statistics of the same float32 data, half a million to ten million values."""
+    values = (3, 1700, 1961) if layout == "contiguous" else (3, 400, 419)
+    x = torch.randn(1, *values).add_(ratio)
+    x = laid_out(x, layout)
+    _, mean, m2 = unpack(native.measure(x))
+    wide = x.double()
+    expected = wide.mean((0, 2, 3))
+    var = (wide - expected.view(1, -1, 1, 1)).square().mean((0, 2, 3))
+    n = x.numel() // 3
+    torch.testing.assert_close(m2 / n, var, rtol=1e-6, atol=0)
+    torch.testing.assert_close(mean, expected, rtol=1e-9, atol=1e-6)
+
+
+@needs_native
+@pytest.mark.parametrize(
+    "shape", [(2, 64, 56, 56), (1, 1, 700, 700), (3, 5, 1000), (5000, 24), (9, 300, 5, 5)], ids=str
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_number_of_threads_changes_no_bit(shape, dtype):
+    x = torch.randn(shape).to(dtype)
+    before = torch.get_num_threads()
+    results = []
+    for layout in layouts(len(shape)):
+        share = laid_out(x, layout)
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            leaf = share.detach().requires_grad_()
+            layer = syncbn.SyncBatchNorm(shape[1])
+            y = layer(leaf)
+            y.backward(share)
+            tensors = (y, leaf.grad, layer.weight.grad, layer.bias.grad, layer.running_var)
+            results.append([native.measure(share), *tensors])
+        torch.set_num_threads(before)
+        first, *others = results[-3:]
+        for other in others:
+            assert all(torch.equal(a, b) for a, b in zip(first, other, strict=True)), layout
+
+
+@needs_native
+@pytest.mark.parametrize("shape", [(4, 3, 5, 6), (0, 3, 4), (7, 2)], ids=str)
+def test_operators_pass_opcheck(shape):
+    x = torch.randn(shape)
+    ops = torch.ops.syncbn
+    running = [torch.zeros(shape[1]), torch.ones(shape[1]), torch.tensor(0)]
+    sets = native.measure(x).unsqueeze(0)
+    _, mean, invstd, count = native.normalise(x, sets, None, None, None, None, None, 0.1, 1e-5)
+    sums = native.gradient_sums(x, x, mean, invstd)
+    weight = torch.rand(shape[1])
+    for op, args in (
+        (ops.measure, (x,)),
+        (ops.normalise, (x, sets, weight, None, *running, 0.1, 1e-5)),
+        (ops.gradient_sums, (x, x, mean, invstd)),
+        (ops.input_gradient, (x, x, weight, mean, invstd, sums, count)),
+    ):
+        torch.library.opcheck(op.default, args, test_utils=("test_schema", "test_faketensor"))
+
+
+@needs_native
+def test_one_process_still_differentiates_twice():
+    layer = syncbn.SyncBatchNorm(2, eps=1e-3, dtype=torch.float64)
+    x = torch.randn(4, 2, 3, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(layer, x)
+    assert torch.autograd.gradgradcheck(layer, x)
+
+
+@needs_native
+def test_indices_go_past_two_to_the_31():
+    with open("/proc/meminfo") as lines:
+        available = next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
+    if available < 12 * 2**20:
+        pytest.skip("needs 12 GiB of free memory")
+    x = torch.zeros(2, 1, 2**30 + 8, dtype=torch.bfloat16)
+    x[1, 0, -4:] = 8
+    count, mean, _ = unpack(native.measure(x))
+    assert count == x.numel()
+    torch.testing.assert_close(mean[0] * count, torch.tensor(32.0, dtype=torch.float64))
+
+
+WHICH = "import torch; from syncbn import kernels; print(kernels.serving(torch.ones(2, 2)).NAME)"
+
+
+def test_the_environment_chooses():
+    assert run_python(WHICH, SYNCBN_KERNELS="composite").stdout.strip() == "composite"
+    result = run_python(WHICH, SYNCBN_KERNELS="fast")
+    assert result.returncode != 0
+    assert "SYNCBN_KERNELS: expected native or composite, got 'fast'" in result.stderr
+    chosen = run_python(WHICH, SYNCBN_KERNELS="native")
+    if native.available():
+        assert chosen.stdout.strip() == "native"
+    else:
+        assert "was not built" in chosen.stderr
+
+
+def test_other_tensors_are_served_by_the_composite():
+    assert kernels.serving(torch.empty(2, 2, device="meta")).NAME == "composite"

@@ -1,0 +1,71 @@
+"""What an installation contains: the compiled operators where they can be built, else none."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+SOURCES = ("src", "csrc", "setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE")
+
+
+@pytest.fixture
+def copy(tmp_path):
+    """The sources, without anything built."""
+    for name in SOURCES:
+        source = ROOT / name
+        if source.is_dir():
+            ignore = shutil.ignore_patterns("*.so", "__pycache__", "*.egg-info")
+            shutil.copytree(source, tmp_path / name, ignore=ignore)
+        else:
+            shutil.copy(source, tmp_path / name)
+    return tmp_path
+
+
+def build(copy: Path, *options: str, **environment: str) -> tuple[list[str], str, str]:
+    """What the wheel contains, its tag, and what was said while it was built."""
+    command = [sys.executable, *options, "setup.py", "bdist_wheel", "--dist-dir", "dist"]
+    result = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        cwd=copy,
+        env=os.environ | environment,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    (wheel,) = (copy / "dist").glob("*.whl")
+    return zipfile.ZipFile(wheel).namelist(), wheel.name, result.stdout
+
+
+@pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler")
+def test_one_wheel_for_every_python(copy):
+    names, tag, _ = build(copy)
+    assert "syncbn/libsyncbn.so" in names
+    assert "-py3-none-" in tag
+    assert not tag.endswith("-any.whl")
+
+
+def test_without_a_compiler_there_is_a_pure_python_wheel(copy):
+    names, tag, said = build(copy, CC="false", CXX="false")
+    assert not [name for name in names if name.endswith(".so")]
+    assert tag.endswith("-py3-none-any.whl")
+    assert said.count("syncbn: without compiled CPU operators") == 1
+    assert "syncbn/kernels/composite.py" in names
+
+
+def test_without_torch_there_is_a_pure_python_wheel(copy):
+    hidden = "import sys, runpy; sys.modules['torch'] = None; sys.argv = sys.argv[1:]; "
+    runner = copy / "without_torch.py"
+    runner.write_text(hidden + "runpy.run_path(sys.argv[0], run_name='__main__')\n")
+    names, tag, said = build(copy, runner.name)
+    assert not [name for name in names if name.endswith(".so")]
+    assert tag.endswith("-py3-none-any.whl")
+    assert said.count("syncbn: without compiled CPU operators (torch is not installed)") == 1
