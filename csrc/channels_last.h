@@ -106,7 +106,7 @@ SYNCBN_INLINE void row_sums(const T* x, int64_t rows, int64_t stride, int64_t ch
 template <class T>
 void measure_rows(const View& x, const Tile& t, double* mean, double* m2) {
   using R = Real<T>;
-  R shift[widest_tile], first[widest_tile], second[widest_tile];
+  R base[widest_tile], shift[widest_tile], first[widest_tile], second[widest_tile];
   const int64_t begin = t.channel_begin, channels = t.channels();
   mean += begin;
   m2 += begin;
@@ -116,20 +116,21 @@ void measure_rows(const View& x, const Tile& t, double* mean, double* m2) {
     const Merge merge{double(count), double(rows)};
     if (count == 0) {
       for_groups<T>(0, channels, [&](auto group, int64_t c, int64_t n) SYNCBN_LAMBDA {
-        decltype(group)::elements(p + c, n).to_channels(shift + c, n);
+        decltype(group)::elements(p + c, n).to_channels(base + c, n);
       });
-      row_sums(p, rows, x.inner_stride, channels, shift, first, second);
+      row_sums(p, rows, x.inner_stride, channels, base, first, second);
       for (int64_t c = 0; c < channels; ++c) {
-        mean[c] = shift[c] + first[c] * merge.inverse2;
+        mean[c] = first[c] * merge.inverse2;  // until the end less the base
         m2[c] = 0;
       }
     }
-    for (int64_t c = 0; c < channels; ++c) shift[c] = R(mean[c]);
+    for (int64_t c = 0; c < channels; ++c) shift[c] = R(base[c] + mean[c]);
     row_sums(p, rows, x.inner_stride, channels, shift, first, second);
     for (int64_t c = 0; c < channels; ++c)
-      merge.sums(mean[c], m2[c], shift[c], first[c], second[c]);
+      merge.sums(base[c], mean[c], m2[c], shift[c], first[c], second[c]);
     count += rows;
   });
+  for (int64_t c = 0; c < channels; ++c) mean[c] += base[c];
 }
 
 template <class T>

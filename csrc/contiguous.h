@@ -20,11 +20,15 @@ struct Run {
   int64_t outer, inner, length, planes;
 };
 
+SYNCBN_INLINE Run first_run(const View& x, int64_t position) {
+  return {position / x.inner, position % x.inner, 0, 1};
+}
+
 // Calls body(run) for runs that make up positions [begin, end). Short whole planes come several at
 // a time, up to most() elements.
 template <class Most, class Body>
 SYNCBN_INLINE void for_runs(const View& x, int64_t begin, int64_t end, Most most, Body body) {
-  Run run{begin / x.inner, begin % x.inner, 0, 1};
+  Run run = first_run(x, begin);
   for (int64_t left = end - begin; left > 0;) {
     const int64_t bound = most();
     run.length = x.inner - run.inner < left ? x.inner - run.inner : left;
@@ -132,6 +136,7 @@ struct Products {
 template <class T>
 void measure_planes(const View& x, const Tile& t, double* mean, double* m2) {
   using R = Real<T>;
+  const Run start = first_run(x, t.position_begin);
   int64_t count = 0;
   auto most = [&]() SYNCBN_LAMBDA {
     return count == 0 ? first_chunk : count < largest_chunk / 4 ? 4 * count : largest_chunk;
@@ -141,21 +146,23 @@ void measure_planes(const View& x, const Tile& t, double* mean, double* m2) {
     const Merge merge{double(count), double(n)};
     for (int64_t c = t.channel_begin; c < t.channel_end; ++c) {
       const T* p = x.at<T>(c, run.outer, run.inner);
+      const R base = first_of(x.at<T>(c, start.outer, start.inner));
       auto sums_about = [&](R shift) SYNCBN_LAMBDA {
         return sum_stream<R>(run.length, run.planes,
                              Deviations<T>{p, x.outer_stride, broadcast<R>(shift)});
       };
       if (count == 0) {
-        const R start = first_of(p);
-        mean[c] = start + sums_about(start).first * merge.inverse2;
+        mean[c] = sums_about(base).first * merge.inverse2;  // until the end less the base
         m2[c] = 0;
       }
-      const R shift = R(mean[c]);
+      const R shift = R(base + mean[c]);
       const Sums s = sums_about(shift);
-      merge.sums(mean[c], m2[c], shift, s.first, s.second);
+      merge.sums(base, mean[c], m2[c], shift, s.first, s.second);
     }
     count += n;
   });
+  for (int64_t c = t.channel_begin; c < t.channel_end; ++c)
+    mean[c] += first_of(x.at<T>(c, start.outer, start.inner));
 }
 
 template <class T>

@@ -30,11 +30,12 @@ inline void forward(const Parallel& parallel, const Work& w, const View& x, cons
                     const Affine& affine, const Running& running, double eps, double* mean,
                     double* invstd) {
   const double count = double(w.count()), step = running.step();
-  Scratch scratch(2 * w.columns * (w.segments + 1) + 2 * w.channels + 4 * w.columns);
+  Scratch scratch(w.columns * (2 * w.segments + 7) + 4 * w.channels);
   Pairs partial{scratch.take(w.columns * (w.segments + 1)),
                 scratch.take(w.columns * (w.segments + 1))};
   double *weight = scratch.take(w.channels), *bias = scratch.take(w.channels);
   const Coefficients k = take_coefficients(scratch, w.columns);
+  double* base = scratch.take(w.columns);
   read(affine.weight, w.channels, 1, weight);
   read(affine.bias, w.channels, 0, bias);
 
@@ -55,7 +56,7 @@ inline void forward(const Parallel& parallel, const Work& w, const View& x, cons
   if (tile_by_tile(parallel, w)) {
     over_tiles(parallel, w, [&](int64_t t, int64_t begin, int64_t end) {
       for (int64_t s = 0; s < w.segments; ++s) measure(t, s);
-      merge_segments(w, partial, begin, end);
+      merge_segments(w, partial, base, begin, end);
       conclude(begin, end, partial);
       for (int64_t s = w.segments - 1; s >= 0; --s) normalise(t, s);
     });
@@ -63,9 +64,8 @@ inline void forward(const Parallel& parallel, const Work& w, const View& x, cons
   }
   over_units(parallel, w, false, measure);
   measure_tail(w, x, partial);
-  merge_segments(w, partial, 0, w.columns);
-  Scratch merged(2 * w.channels);
-  const Pairs result{merged.take(w.channels), merged.take(w.channels)};
+  merge_segments(w, partial, base, 0, w.columns);
+  const Pairs result{scratch.take(w.channels), scratch.take(w.channels)};
   merge_columns(w, partial, result);
   conclude(0, w.channels, result);
   spread_coefficients(w, {k.shift, k.scale, k.offset});

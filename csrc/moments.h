@@ -5,32 +5,37 @@
 // Sets merge by the formula of Chan, Golub & LeVeque (1979): n = n₁+n₂, δ = m₂−m₁,
 // m = m₁ + δ·n₂/n, M2 = M2₁ + M2₂ + δ²·n₁n₂/n.
 
+// Means are kept as offsets from a base near them until the last set is in: at a mean of 10⁶
+// standard deviations each merge would otherwise round away six digits of what it adds.
+
 struct Merge {
   double inverse2, weight, product;  // 1/n₂, n₂/n, n₁n₂/n
 
   Merge(double n1, double n2)
       : inverse2(1 / n2), weight(n2 / (n1 + n2)), product(n1 * (n2 / (n1 + n2))) {}
 
-  // Adds to (mean, M2) of n₁ values those of n₂ more.
-  SYNCBN_INLINE void moments(double& mean, double& m2, double mean2, double m22) const {
-    double delta = mean2 - mean;
-    mean += delta * weight;
+  // Adds to (base + offset, M2) of n₁ values those of n₂ more.
+  SYNCBN_INLINE void moments(double base, double& offset, double& m2, double mean2,
+                             double m22) const {
+    const double delta = (mean2 - base) - offset;
+    offset += delta * weight;
     m2 += m22 + delta * delta * product;
   }
   // The same for n₂ values of which Σ(x − shift) and Σ(x − shift)² are known.
-  SYNCBN_INLINE void sums(double& mean, double& m2, double shift, double s1, double s2) const {
-    double average = s1 * inverse2, within = s2 - s1 * average;
-    double delta = (shift - mean) + average;
-    mean += delta * weight;
+  SYNCBN_INLINE void sums(double base, double& offset, double& m2, double shift, double s1,
+                          double s2) const {
+    const double average = s1 * inverse2, within = s2 - s1 * average;
+    const double delta = ((shift - base) - offset) + average;
+    offset += delta * weight;
     m2 += (within < 0 ? 0 : within) + delta * delta * product;
   }
 };
 
-inline void merge_moments(int64_t channels, double n1, double* __restrict mean,
-                          double* __restrict m2, double n2, const double* __restrict mean2,
-                          const double* __restrict m22) {
+inline void merge_moments(int64_t channels, double n1, const double* __restrict base,
+                          double* __restrict offset, double* __restrict m2, double n2,
+                          const double* __restrict mean2, const double* __restrict m22) {
   const Merge merge{n1, n2};
-  for (int64_t c = 0; c < channels; ++c) merge.moments(mean[c], m2[c], mean2[c], m22[c]);
+  for (int64_t c = 0; c < channels; ++c) merge.moments(base[c], offset[c], m2[c], mean2[c], m22[c]);
 }
 
 inline void inverse_deviation(int64_t channels, double count, const double* __restrict m2,

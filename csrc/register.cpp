@@ -122,6 +122,13 @@ Running running(const char* op, const Maybe& mean, const Maybe& var, const Maybe
   return r;
 }
 
+// As torch has it. The synchronised steps take any: ranks may differ in their input's dtype.
+void check_mixture(const char* op, const Affine& affine, Dtype dtype) {
+  for (const Parameter& p : {affine.weight, affine.bias})
+    STD_TORCH_CHECK(!p.data || p.dtype == dtype || p.dtype == Dtype::float32, "syncbn::", op,
+                    ": mixed dtype: expected weight and bias of x's dtype or float32");
+}
+
 // --- tensors as views ------------------------------------------------------------------------
 
 struct Problem {
@@ -250,6 +257,7 @@ std::tuple<Tensor, Tensor> batch_norm(const Tensor& x, const Maybe& weight, cons
   const Running r = running("batch_norm", running_mean, running_var, num_batches_tracked, momentum, channels);
   const Affine affine{parameter("batch_norm", "weight", weight, channels),
                       parameter("batch_norm", "bias", bias, channels)};
+  check_mixture("batch_norm", affine, dtype);
   Tensor y = new_like(x), saved = doubles(2, channels);
   const Problem p = make_problem(dtype, x, nullptr, &y);
   forward(parallel(), p.work, p.views[0], p.views[1], affine, r, eps, data(saved),

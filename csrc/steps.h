@@ -54,23 +54,27 @@ struct Pairs {
   }
 };
 
-// Merges all segments of columns [begin, end) into the first segment's.
-inline void merge_segments(const Work& w, const Pairs& partial, int64_t begin, int64_t end) {
-  for (int64_t s = 1; s < w.segments; ++s) {
-    const Pairs more = partial.row(s, w.columns);
-    w.per_channel->merge_moments(end - begin, double(s * w.segment), partial.first + begin,
-                                 partial.second + begin, double(w.segment_length(s)),
+// Merges all segments of columns [begin, end), and the tail, into the first segment's.
+// base: room for a number per column.
+inline void merge_segments(const Work& w, const Pairs& partial, double* base, int64_t begin,
+                           int64_t end) {
+  if (w.segments == 1 && !w.tail) return;
+  double *offset = partial.first, *m2 = partial.second;
+  for (int64_t j = begin; j < end; ++j) base[j] = offset[j];
+  for (int64_t j = begin; j < end; ++j) offset[j] = 0;
+  auto merge = [&](int64_t to, double n1, double n2, const Pairs& more) {
+    w.per_channel->merge_moments(to - begin, n1, base + begin, offset + begin, m2 + begin, n2,
                                  more.first + begin, more.second + begin);
-  }
+  };
+  for (int64_t s = 1; s < w.segments; ++s)
+    merge(end, double(s * w.segment), double(w.segment_length(s)), partial.row(s, w.columns));
+  if (w.tail) merge(w.tail, double(w.positions), 1, partial.row(w.segments, w.columns));
+  for (int64_t j = begin; j < end; ++j) offset[j] += base[j];
 }
 
-// Merges the columns of each channel, the tail's position with them.
+// Merges the columns of each channel.
 inline void merge_columns(const Work& w, const Pairs& partial, const Pairs& result) {
   const int64_t groups = w.columns / w.channels;
-  const Pairs tail = partial.row(w.segments, w.columns);
-  if (w.tail)
-    w.per_channel->merge_moments(w.tail, double(w.positions), partial.first, partial.second, 1,
-                                 tail.first, tail.second);
   const int64_t step = w.divide == 1 ? 1 : groups, jump = w.divide == 1 ? w.channels : 1;
   double count = 0;
   for (int64_t c = 0; c < w.channels; ++c) result.first[c] = result.second[c] = 0;
@@ -79,12 +83,13 @@ inline void merge_columns(const Work& w, const Pairs& partial, const Pairs& resu
     const double weight = more / (count + more), product = count * weight;
     for (int64_t c = 0; c < w.channels; ++c) {
       const int64_t j = g * jump + c * step;
-      const double delta = partial.first[j] - result.first[c];
+      const double delta = (partial.first[j] - partial.first[c * step]) - result.first[c];
       result.first[c] += delta * weight;
       result.second[c] += partial.second[j] + delta * delta * product;
     }
     count += more;
   }
+  for (int64_t c = 0; c < w.channels; ++c) result.first[c] += partial.first[c * step];
 }
 
 inline void measure_tail(const Work& w, const View& x, const Pairs& partial) {
@@ -143,7 +148,7 @@ inline Coefficients from_channel(const Work& w, const Coefficients& k, int64_t c
 
 // Packed moments [count, mean…, M2…] of x.
 inline void measure(const Parallel& parallel, const Work& w, const View& x, double* packed) {
-  Scratch scratch(2 * w.columns * (w.segments + 1));
+  Scratch scratch(w.columns * (2 * w.segments + 3));
   Pairs result{packed + 1, packed + 1 + w.channels};
   Pairs partial{scratch.take(w.columns * (w.segments + 1)),
                 scratch.take(w.columns * (w.segments + 1))};
@@ -156,7 +161,7 @@ inline void measure(const Parallel& parallel, const Work& w, const View& x, doub
   });
   if (direct) return;
   measure_tail(w, x, partial);
-  merge_segments(w, partial, 0, w.columns);
+  merge_segments(w, partial, scratch.take(w.columns), 0, w.columns);
   merge_columns(w, partial, result);
 }
 
@@ -167,13 +172,16 @@ struct Affine {
 // The union of k sets of packed moments, `stride` doubles apart; returns its count.
 inline double merge_sets(const double* sets, int64_t k, int64_t stride, int64_t channels,
                          const ChannelLoops& loops, double* mean, double* m2) {
+  const double* base = nullptr;
   double count = 0;
   for (int64_t c = 0; c < channels; ++c) mean[c] = m2[c] = 0;
   for (int64_t i = 0; i < k; ++i, sets += stride) {
     if (sets[0] == 0) continue;  // an empty set weighs nothing
-    loops.merge_moments(channels, count, mean, m2, sets[0], sets + 1, sets + 1 + channels);
+    if (!base) base = sets + 1;
+    loops.merge_moments(channels, count, base, mean, m2, sets[0], sets + 1, sets + 1 + channels);
     count += sets[0];
   }
+  for (int64_t c = 0; base && c < channels; ++c) mean[c] += base[c];
   return count;
 }
 

@@ -89,8 +89,8 @@ struct Loops {
 
 // The loops over channels, for one type of arithmetic; see moments.h.
 struct ChannelLoops {
-  void (*merge_moments)(int64_t channels, double n1, double* mean, double* m2, double n2,
-                        const double* mean2, const double* m22);
+  void (*merge_moments)(int64_t channels, double n1, const double* base, double* offset, double* m2,
+                        double n2, const double* mean2, const double* m22);
   void (*inverse_deviation)(int64_t channels, double count, const double* m2, double eps,
                             double* invstd);
   void (*forward_coefficients)(int64_t channels, const ChannelValues&, const Coefficients&);

@@ -57,7 +57,7 @@ SYNCBN_INLINE void store(float* p, Vector<float> v) { __builtin_memcpy(p, &v, si
 SYNCBN_INLINE void store(double* p, Vector<double> v) { __builtin_memcpy(p, &v, sizeof(v)); }
 
 // Sixteen-bit elements in vectors of 32-bit ones, as many as fit.
-SYNCBN_INLINE Bits load_shorts(const uint16_t* p) {
+SYNCBN_INLINE Bits load_shorts(const void* p) {
 #if SYNCBN_AVX == 512
   return (Bits)_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p));
 #elif SYNCBN_AVX == 256
@@ -68,7 +68,7 @@ SYNCBN_INLINE Bits load_shorts(const uint16_t* p) {
   return __builtin_convertvector(s, Bits);
 #endif
 }
-SYNCBN_INLINE void store_shorts(uint16_t* p, Bits bits) {
+SYNCBN_INLINE void store_shorts(void* p, Bits bits) {
 #if SYNCBN_AVX == 512
   _mm256_storeu_si256((__m256i*)p, _mm512_cvtepi32_epi16((__m512i)bits));
 #elif SYNCBN_AVX == 256
@@ -85,7 +85,7 @@ SYNCBN_INLINE void store_shorts(uint16_t* p, Bits bits) {
 
 // bfloat16 is the upper half of a float.
 SYNCBN_INLINE Vector<float> load(const BFloat16* p) {
-  return bit_cast<Vector<float>>(load_shorts(&p->bits) << 16);
+  return bit_cast<Vector<float>>(load_shorts(p) << 16);
 }
 // Its bits after rounding to the nearest upper half, ties to even.
 SYNCBN_INLINE Bits rounded(Vector<float> v) {
@@ -93,7 +93,7 @@ SYNCBN_INLINE Bits rounded(Vector<float> v) {
   const Bits even = bits + ((bits >> 16 & 1u) + 0x7fffu);
   return v == v ? even : Bits{} + 0x7fc00000u;
 }
-SYNCBN_INLINE void store(BFloat16* p, Vector<float> v) { store_shorts(&p->bits, rounded(v) >> 16); }
+SYNCBN_INLINE void store(BFloat16* p, Vector<float> v) { store_shorts(p, rounded(v) >> 16); }
 
 #if SYNCBN_AVX == 512
 SYNCBN_INLINE Vector<float> load(const Half* p) {
@@ -113,7 +113,7 @@ SYNCBN_INLINE void store(Half* p, Vector<float> v) {
 // A half's exponent and mantissa, moved into a float's place, are its value times 2⁻¹¹², even of
 // a subnormal; infinity and NaN then need the full exponent.
 SYNCBN_INLINE Vector<float> load(const Half* p) {
-  Bits half = load_shorts(&p->bits);
+  Bits half = load_shorts(p);
   Bits sign = (half & 0x8000u) << 16, rest = (half & 0x7fffu) << 13;
   Bits value = bit_cast<Bits>(bit_cast<Vector<float>>(rest) * 0x1p112f);
   Bits special = (Bits)(rest >= 0x0f800000u) & 0x7f800000u;
@@ -130,7 +130,7 @@ SYNCBN_INLINE void store(Half* p, Vector<float> v) {
   Bits is_big = (Bits)(rest >= 0x47800000u), is_nan = (Bits)(rest > 0x7f800000u);
   Bits half = (is_tiny & tiny) | (~is_tiny & normal);
   half = (is_big & 0x7c00u) | (~is_big & half) | (is_nan & 0x200u);
-  store_shorts(&p->bits, sign | half);
+  store_shorts(p, sign | half);
 }
 #endif
 
@@ -190,12 +190,9 @@ SYNCBN_INLINE void store_channels(Real<T>* p, const Pair<Real<T>>& v) {
 
 template <class T>
 SYNCBN_INLINE Real<T> first_of(const T* p) {
-  if constexpr (sizeof(T) == sizeof(Real<T>)) {
-    return *p;
-  } else {
-    T some[lanes<Real<T>>] = {*p};
-    return load(some)[0];
-  }
+  T some[lanes<Real<T>>] = {};
+  __builtin_memcpy(some, p, sizeof(T));
+  return load(some)[0];
 }
 
 // Copies n < bound elements in a few moves of a fixed size.

@@ -68,7 +68,8 @@ inline bool join_rows(View* views, int count, Work& w) {
   w.tail = x.inner % rows * x.channels;
   for (int t = 0; t < count; ++t) {
     View& v = views[t];
-    v = {v.data, w.columns, 1, v.inner / rows, 1, 0, w.columns};
+    const int64_t joined = v.inner / rows;  // and the tail follows as a row of another sample
+    v = {v.data, w.columns, 1, joined, 1, joined * w.columns, w.columns};
   }
   return true;
 }
