@@ -5,7 +5,7 @@ READY := .venv/.ready
 
 WHEEL := build/wheel
 
-.PHONY: setup demo test test-all test-composite test-wheel lint format bench-toy clean
+.PHONY: setup demo test test-all test-composite test-native test-wheel lint format bench-toy clean
 
 setup: $(READY)
 
@@ -30,6 +30,23 @@ test-composite: $(READY)
 	SYNCBN_KERNELS=composite $(BIN)/python -m pytest tests/test_modules.py tests/test_lazy.py \
 	  tests/test_state.py tests/test_convert.py tests/test_revert.py tests/test_exact.py
 
+# The loops alone, without torch, under AddressSanitizer and UndefinedBehaviorSanitizer.
+CXX ?= c++
+NATIVE := build/native
+SANITIZED := -std=c++17 -O1 -g -fno-math-errno -fno-strict-aliasing -Wno-psabi -pthread \
+  -fsanitize=address,undefined -fno-sanitize-recover=all
+
+$(NATIVE)/%.o: csrc/%.cpp $(wildcard csrc/*.h)
+	@mkdir -p $(NATIVE)
+	$(CXX) $(SANITIZED) -c $< -o $@
+
+$(NATIVE)/test_loops: $(wildcard tests/native/*) $(wildcard csrc/*.h) \
+    $(NATIVE)/isa_baseline.o $(NATIVE)/isa_v3.o $(NATIVE)/isa_v4.o
+	$(CXX) $(SANITIZED) -Icsrc tests/native/test_loops.cpp $(filter %.o,$^) -o $@
+
+test-native: $(NATIVE)/test_loops
+	$<
+
 # The wheel as users get it, in an environment of its own.
 test-wheel: $(READY)
 	rm -rf $(WHEEL)
@@ -53,6 +70,8 @@ format: $(READY)
 bench-toy: $(READY)
 	$(BIN)/python benchmarks/layer.py --shape 2,8,6,6 --rounds 5
 	$(BIN)/python benchmarks/collectives.py --ranks 2 --rounds 5
+	$(BIN)/python benchmarks/cpu.py --quick
+	$(BIN)/python benchmarks/cpu.py ranks --quick
 
 clean:
 	rm -rf .venv build dist src/*.egg-info src/syncbn/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis

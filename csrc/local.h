@@ -70,7 +70,7 @@ inline void forward(const Parallel& parallel, const Work& w, const View& x, cons
   conclude(0, w.channels, result);
   spread_coefficients(w, {k.shift, k.scale, k.offset});
   over_units(parallel, w, true, normalise);
-  if (w.tail) w.loops->normalise(x, y, w.tail_tile(), k);
+  w.over_tail([&](const Tile& t) { w.loops->normalise(x, y, t, k); });
 }
 
 // dx, and per channel Σdy and Σdy·x̂ in sums.

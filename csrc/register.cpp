@@ -270,6 +270,8 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_backward(const Tensor& dy, const T
   const Dtype dtype = check_input("batch_norm_backward", x);
   check_gradient("batch_norm_backward", dy, x);
   const int64_t channels = x.size(1);
+  STD_TORCH_CHECK(x.numel() > 0, "syncbn::batch_norm_backward: expected a tensor with values, got shape ",
+                  shape(x));
   const double* mean = check_doubles("batch_norm_backward", "saved", saved, 2 * channels);
   const Parameter weights = parameter("batch_norm_backward", "weight", weight, channels);
   Tensor dx = new_like(x);

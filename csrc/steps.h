@@ -94,7 +94,7 @@ inline void merge_columns(const Work& w, const Pairs& partial, const Pairs& resu
 
 inline void measure_tail(const Work& w, const View& x, const Pairs& partial) {
   const Pairs tail = partial.row(w.segments, w.columns);
-  if (w.tail) w.loops->measure(x, w.tail_tile(), tail.first, tail.second);
+  w.over_tail([&](const Tile& t) { w.loops->measure(x, t, tail.first, tail.second); });
 }
 
 // --- gradient sums ---------------------------------------------------------------------------
@@ -212,7 +212,7 @@ inline void normalise(const Parallel& parallel, const Work& w, const View& x, co
   over_units(parallel, w, true, [&](int64_t t, int64_t s) {
     w.loops->normalise(x, y, w.tile(t, s), k);
   });
-  if (w.tail) w.loops->normalise(x, y, w.tail_tile(), k);
+  w.over_tail([&](const Tile& t) { w.loops->normalise(x, y, t, k); });
 }
 
 // sums: Σdy and Σdy·x̂ per channel.
@@ -230,7 +230,9 @@ inline void gradient_sums(const Parallel& parallel, const Work& w, const View& d
     w.loops->gradient_sums(dy, x, w.tile(t, s), shift, to.first, to.second);
   });
   const Pairs tail = partial.row(w.segments, w.columns);
-  if (w.tail) w.loops->gradient_sums(dy, x, w.tail_tile(), shift, tail.first, tail.second);
+  w.over_tail([&](const Tile& t) {
+    w.loops->gradient_sums(dy, x, t, shift, tail.first, tail.second);
+  });
   add_segments(w, partial, 0, w.columns);
   add_columns(w, partial, result);
   w.per_channel->project(w.channels, {mean, invstd, nullptr, nullptr}, result.first,
@@ -252,7 +254,7 @@ inline void input_gradient(const Parallel& parallel, const Work& w, const View& 
   over_units(parallel, w, true, [&](int64_t t, int64_t s) {
     w.loops->input_gradient(dy, x, dx, w.tile(t, s), k);
   });
-  if (w.tail) w.loops->input_gradient(dy, x, dx, w.tail_tile(), k);
+  w.over_tail([&](const Tile& t) { w.loops->input_gradient(dy, x, dx, t, k); });
 }
 
 }  // namespace syncbn

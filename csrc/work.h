@@ -34,7 +34,13 @@ struct Work {
   int64_t unit_segment(int64_t u) const {
     return layout == Layout::planes ? u % segments : u / tiles;
   }
-  Tile tail_tile() const { return {0, tail, positions, positions + 1}; }
+  // Calls body(tile) for tiles of the columns' last position.
+  template <class Body>
+  void over_tail(Body body) const {
+    for (int64_t begin = 0; begin < tail; begin += tile_columns)
+      body(Tile{begin, begin + tile_columns < tail ? begin + tile_columns : tail, positions,
+                positions + 1});
+  }
 };
 
 constexpr int64_t vector_multiple = 16;  // elements: a vector of floats on every processor

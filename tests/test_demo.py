@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
 from itertools import islice
@@ -189,3 +191,19 @@ def _leaves(rank: int, task: object, folder: Path, send) -> None:
     if rank == 1:
         raise SystemExit(3)
     signal.pause()
+
+
+@pytest.mark.slow
+def test_the_defaults_show_what_the_readme_says():
+    command = [sys.executable, "-c", "from syncbn.cli import main; main()"]
+    result = subprocess.run(
+        [*command, "demo", "--json", "--no-plot"],
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=True,
+    )
+    arms = json.loads(result.stdout)["arms"]
+    accuracy = {name: arm["accuracy_percent"] for name, arm in arms.items()}
+    assert accuracy["batchnorm"] < 80 < 95 < min(accuracy["syncbn"], accuracy["one-process"])
+    assert arms["syncbn"]["weight_difference"] <= 1e-9

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 
+import oracle
 import pytest
 import torch
 from cases import laid_out, layouts
@@ -154,3 +155,17 @@ def test_the_environment_chooses():
 
 def test_other_tensors_are_served_by_the_composite():
     assert kernels.serving(torch.empty(2, 2, device="meta")).NAME == "composite"
+
+
+@needs_native
+@pytest.mark.parametrize("shape", [(1039, 65), (1496, 15), (2, 3, 0)], ids=str)
+def test_rows_that_do_not_fill_a_vector(shape):
+    """Once overran a buffer, left the last rows unwritten, divided by zero."""
+    x = torch.randn(shape)
+    if x.numel() == 0:
+        saved = torch.ones(2, 3, dtype=torch.float64)
+        with pytest.raises(RuntimeError, match="expected a tensor with values"):
+            torch.ops.syncbn.batch_norm_backward(x, x, None, saved)
+        return
+    y = syncbn.sync_batch_norm(x, None, None)
+    oracle.assert_close(y, oracle.batch_norm(x, x).y)

@@ -1,0 +1,250 @@
+"""Time syncbn on the CPU against torch's BatchNorm, and hold its output to mean 0 and deviation 1.
+
+\b
+    python benchmarks/cpu.py layers --picture speed.png   # one process: forward, backward
+    python benchmarks/cpu.py ranks                        # over gloo: against parts, naive
+    python benchmarks/cpu.py model                        # ResNet-50 under DDP (transformers)
+    python benchmarks/cpu.py accuracy
+
+What is compared runs in turn in the same processes, round after round. Figures are the median over
+rounds (of rank 0) ± half the distance between the quartiles, and ratios are the median of the
+rounds' own ratios, which holds when the machine's speed drifts. Outputs are freshly allocated. One
+"copy" is the median time of y.copy_(x) on a tensor like the input, y reused, in the same rounds.
+"Parts" are a layer of one process alone, an all_gather and an all_reduce as large as the layer's.
+"""
+
+from __future__ import annotations
+
+import copy
+import ctypes
+import importlib.util
+import json
+import statistics
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from cpu_picture import draw, environment, report, shown
+from layer import LAYOUTS, SHAPES, NaiveSyncBatchNorm, interleaved, join_gloo, step, summary
+from torch import Tensor, nn
+
+import syncbn
+
+SMALL = ((32, 256), (256, 64), (16, 128, 500), (1, 16, 256, 256), (1, 3, 512, 512))
+PASSES = ("forward", "backward")
+TITLES = {
+    "layers": "One layer in training mode, one process",
+    "ranks": "A synchronised layer over gloo, forward + backward",
+    "model": "A DDP training step of ResNet-50, syncbn against torch.nn.BatchNorm2d",
+    "accuracy": "Output of BatchNorm2d(affine=False) over mean/std of its input",
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A tensor to normalise, and how many times as fast as torch we mean to be, per pass."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    layout: str
+    targets: tuple[float, float]
+
+
+CASES = (
+    *(Case(shape, "float32", "contiguous", (6, 1.5)) for shape in SHAPES[:3]),
+    Case(SHAPES[3], "float32", "contiguous", (2.5, 1.2)),
+    *(Case(shape, "float32", "channels_last", (2.2, 1.5)) for shape in SHAPES),
+    *(Case(shape, "bfloat16", "contiguous", (2.5, 2)) for shape in SHAPES[:3]),
+    *(Case(shape, "bfloat16", "channels_last", (2, 3)) for shape in SHAPES[:3]),
+    *(Case(shape, "float32", "contiguous", (1, 1)) for shape in SMALL),
+)
+TOYS = (
+    Case((2, 3, 4, 5), "bfloat16", "channels_last", (2, 3)),
+    Case((4, 3), "float32", "contiguous", (1, 1)),
+)
+
+
+def keep_freed_memory() -> None:
+    """Have glibc reuse freed memory. Else page faults hit one side or the other, by their order."""
+    if mallopt := getattr(ctypes.CDLL(None), "mallopt", None):
+        mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD
+        mallopt(-3, 1 << 25)  # M_MMAP_THRESHOLD
+
+
+def timed(run: Callable[[], Any]) -> tuple[Any, float]:
+    start = time.perf_counter()
+    result = run()
+    return result, time.perf_counter() - start
+
+
+def measure(case: Case, threads: int, rounds: int) -> list[dict[str, Any]]:
+    """A row per pass. Small tensors get ten times the rounds; the first two rounds warm up."""
+    torch.set_num_threads(threads)
+    x = torch.randn(case.shape, dtype=getattr(torch, case.dtype))
+    x = x.contiguous(memory_format=LAYOUTS[case.layout])
+    dy, y_reused = torch.randn_like(x), torch.empty_like(x)
+    leaf = x.clone().requires_grad_()
+    channels = case.shape[1]
+    peer = nn.BatchNorm2d(channels) if x.dim() == 4 else nn.BatchNorm1d(channels)
+    layers = [("syncbn", syncbn.SyncBatchNorm(channels)), ("torch", peer)]
+    times: dict[Any, list[float]] = defaultdict(list)
+    for _ in range((rounds if x.numel() > 1e5 else 10 * rounds) + 2):
+        layers.reverse()  # each follows the other, and the copy, equally often
+        for name, layer in layers:
+            layer.zero_grad()
+            y, forward = timed(lambda layer=layer: layer(leaf))
+            _, backward = timed(lambda y=y: y.backward(dy))
+            y = leaf.grad = None
+            times[name, "forward"].append(forward)
+            times[name, "backward"].append(backward)
+        times["copy"].append(timed(lambda: y_reused.copy_(x))[1])
+    copy_us = statistics.median(times["copy"][2:]) * 1e6
+    tensor = {"shape": case.shape, "dtype": case.dtype, "layout": case.layout, "threads": threads}
+    rows = []
+    for pass_, target in zip(PASSES, case.targets, strict=True):
+        ours, theirs = (times[name, pass_][2:] for name in ("syncbn", "torch"))
+        us = {"syncbn_us": middle(ours, 1e3), "torch_us": middle(theirs, 1e3)}
+        ratio = {"ratio": summary(theirs, ours)[2], "target": target}
+        copies = {f"{key[:-3]}_copies": value[0] / copy_us for key, value in us.items()}
+        rows.append(tensor | {"pass": pass_} | us | ratio | copies)
+    return rows
+
+
+def middle(times: list[float], scale: float = 1) -> tuple[float, ...]:
+    """Median and half the interquartile distance; in milliseconds, or scale times as many."""
+    return tuple(scale * value for value in summary(times, times)[:2])
+
+
+def rank_rows(rank: int, rounds: int, quick: bool) -> list[dict[str, Any]]:
+    """A synchronised layer against its parts, the naive one; forward and backward."""
+    rows = []
+    for shape in [(2, 3, 4, 5)] if quick else SHAPES:
+        x, dy, channels = torch.randn(shape), torch.randn(shape), shape[1]
+        moments, sums = (torch.zeros(2 * channels + n, dtype=torch.float64) for n in (2, 0))
+        layers = {
+            "syncbn": syncbn.SyncBatchNorm(channels),
+            "naive": NaiveSyncBatchNorm(channels),
+            "local": syncbn.SyncBatchNorm(channels, process_group=syncbn.comm.LOCAL),
+        }
+        steps = {name: step(layer, x, dy, "fwd+bwd") for name, layer in layers.items()}
+
+        def parts(local=steps["local"], moments=moments, sums=sums) -> None:
+            local()
+            received = moments.new_empty(dist.get_world_size(), len(moments))
+            dist.all_gather(list(received.unbind(0)), moments)
+            dist.all_reduce(sums)
+
+        times = interleaved(steps | {"parts": parts}, rounds)
+        row = {"shape": shape} | {f"{name}_ms": middle(values) for name, values in times.items()}
+        row["over_parts"] = summary(times["syncbn"], times["parts"])[2]
+        rows.append(row | {"naive_over_syncbn": summary(times["naive"], times["syncbn"])[2]})
+    return rows
+
+
+def model_rows(rank: int, rounds: int, quick: bool) -> list[dict[str, Any]]:
+    """A training step of ResNet-50 under DDP, converted and with torch's layers as they are."""
+    from transformers import ResNetConfig, ResNetForImageClassification
+
+    toy = {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1]}
+    torch.manual_seed(0)
+    plain = ResNetForImageClassification(ResNetConfig(**toy) if quick else ResNetConfig()).train()
+    models = {"syncbn": syncbn.convert(copy.deepcopy(plain)), "torch": plain}
+    torch.manual_seed(rank + 1)
+    images = torch.randn(2, 3, *(32, 32) if quick else (224, 224))
+    labels = torch.randint(2, (2,))
+    steps = {name: training_step(model, images, labels) for name, model in models.items()}
+    times = interleaved(steps, rounds)
+    row = {f"{name}_ms": middle(values) for name, values in times.items()}
+    return [{"images": images.shape} | row | {"ratio": summary(times["syncbn"], times["torch"])[2]}]
+
+
+def training_step(model: nn.Module, images: Tensor, labels: Tensor) -> Callable[[], None]:
+    model = nn.parallel.DistributedDataParallel(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+
+    def run() -> None:
+        optimizer.zero_grad()
+        model(pixel_values=images, labels=labels).loss.backward()
+        optimizer.step()
+
+    return run
+
+
+def run_rank(rank: int, ranks: int, mode: str, rounds: int, quick: bool, folder: str) -> None:
+    torch.set_num_threads(1)
+    torch.manual_seed(rank)
+    join_gloo(rank, ranks, folder)
+    rows = {"ranks": rank_rows, "model": model_rows}[mode](rank, rounds, quick)
+    if rank == 0:
+        Path(folder, "rows.json").write_text(json.dumps(rows))
+    dist.destroy_process_group()
+
+
+def run_ranks(ranks: int, *setting: Any) -> list[dict[str, Any]]:
+    with tempfile.TemporaryDirectory() as folder:
+        mp.spawn(run_rank, (ranks, *setting, folder), ranks)
+        return json.loads(Path(folder, "rows.json").read_text())
+
+
+def accuracy_rows(shape: tuple[int, ...]) -> list[dict[str, Any]]:
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    noise = torch.randn(shape).contiguous(memory_format=torch.channels_last)
+    rows: list[dict[str, Any]] = []
+    for mean in (0, 10, 100, 1000):
+        rows.append({"mean/std": mean})
+        for name, cls in (("torch", nn.BatchNorm2d), ("syncbn", syncbn.SyncBatchNorm)):
+            y = cls(shape[1], affine=False)(noise + mean).double()
+            rows[-1] |= {f"{name}_mean": y.mean().item(), f"{name}_std": y.std(correction=0).item()}
+    return rows
+
+
+@click.command(help=__doc__)
+@click.argument("mode", type=click.Choice(list(TITLES)), default="layers")
+@click.option("--threads", type=click.IntRange(1), multiple=True, default=(1, 2), help="for layers")
+@click.option(
+    "--picture", type=click.Path(dir_okay=False, path_type=Path), help="for layers: PNG …"
+)
+@click.option("--ranks", type=click.IntRange(2), default=2, help="for ranks, model")
+@click.option("--rounds", type=click.IntRange(2), default=50, show_default=True)
+@click.option("--quick", is_flag=True, help="toy sizes, to see that it runs")
+@click.option("--json", "as_json", is_flag=True, help="print JSON instead of the table")
+def main(
+    mode: str,
+    threads: tuple[int, ...],
+    picture: Path | None,
+    ranks: int,
+    rounds: int,
+    quick: bool,
+    as_json: bool,
+) -> None:
+    if picture and mode != "layers":
+        raise click.UsageError("--picture is for layers")
+    if mode == "model" and importlib.util.find_spec("transformers") is None:
+        raise click.ClickException("transformers is missing: pip install transformers")
+    if mode == "layers":
+        keep_freed_memory()
+        cases = [(case, n) for n in threads for case in (TOYS if quick else CASES)]
+        rows = [row for case, n in cases for row in measure(case, n, rounds)]
+        what = f"{', '.join(map(str, threads))} thread(s), {rounds} rounds"
+    elif mode == "accuracy":
+        rows = accuracy_rows(shape := (2, 4, 8, 8) if quick else (8, 4, 512, 512))
+        what = f"{shown(shape)} float32 channels_last, 1 thread"
+    else:
+        rows = run_ranks(ranks, mode, rounds, quick)
+        what = f"float32 contiguous per rank, {ranks} ranks, 1 thread each, {rounds} rounds"
+    if picture:
+        draw(rows, environment(what), picture)
+    report(TITLES[mode] + ", toy sizes" * quick, what, rows, as_json)
+
+
+if __name__ == "__main__":
+    main()

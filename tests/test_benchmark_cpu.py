@@ -1,0 +1,79 @@
+"""benchmarks/cpu.py runs at toy size, and what it prints and draws is complete."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+FOLDER = Path(__file__).parent.parent / "benchmarks"
+
+
+def run(*options: str, code: str = "") -> subprocess.CompletedProcess[str]:
+    script = ["-c", code] if code else ["cpu.py"]
+    return subprocess.run(
+        [sys.executable, *script, *options],
+        cwd=FOLDER,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+
+
+def rows_of(*options: str) -> list[dict]:
+    result = run(*options, "--quick", "--json")
+    assert result.returncode == 0, result.stderr
+    printed = json.loads(result.stdout)
+    assert "kernels" in printed["environment"]
+    return printed["rows"]
+
+
+def test_layers(tmp_path):
+    picture = tmp_path / "speed.png"
+    rows = rows_of("layers", "--rounds", "2", "--picture", str(picture))
+    cells = {(r["dtype"], r["layout"], r["threads"], r["pass"]) for r in rows}
+    kinds = (("float32", "contiguous"), ("bfloat16", "channels_last"))
+    assert cells == {
+        (*kind, n, pass_) for kind in kinds for n in (1, 2) for pass_ in ("forward", "backward")
+    }
+    assert all(min(*row["syncbn_us"][:1], row["ratio"], row["torch_copies"]) > 0 for row in rows)
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_layers_prints_a_table():
+    result = run("layers", "--quick", "--rounds", "2", "--threads", "1")
+    assert result.returncode == 0, result.stderr
+    for text in ("syncbn µs", "torch copies", "target", "2×3×4×5", "1 thread(s), 2 rounds"):
+        assert text in result.stdout
+
+
+def test_ranks():
+    (row,) = rows_of("ranks", "--rounds", "2")
+    assert row["over_parts"] > 0
+    assert row["naive_over_syncbn"] > 0
+
+
+def test_accuracy():
+    rows = rows_of("accuracy")
+    assert [row["mean/std"] for row in rows] == [0, 10, 100, 1000]
+    for row in rows:
+        assert row["syncbn_mean"] == pytest.approx(0, abs=1e-3)
+        assert row["syncbn_std"] == pytest.approx(1, abs=1e-3)
+
+
+def test_model():
+    pytest.importorskip("transformers")
+    (row,) = rows_of("model", "--rounds", "2")
+    assert row["images"] == [2, 3, 32, 32]
+    assert row["ratio"] > 0
+
+
+def test_model_without_transformers_says_so():
+    code = "import sys; sys.modules['transformers'] = None; import cpu; cpu.main()"
+    result = run("model", code=code)
+    assert result.returncode == 1
+    assert result.stderr == "Error: transformers is missing: pip install transformers\n"
