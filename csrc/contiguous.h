@@ -3,7 +3,7 @@
 // Included once per instruction set, inside its namespace (see loops.h).
 
 // How many elements are summed in the arithmetic's own precision before the sum goes on in double:
-// 32 for each of the four vectors of sums, which keeps rounding below 1e-6 whatever the data.
+// 32 for each lane of the four vectors of sums, which keeps the statistics' rounding below 1e-6.
 constexpr int64_t block = 32 * 4 * SYNCBN_VECTOR_BYTES / 4;
 // A channel's first values, whose mean is the first shift; later ones are summed about the mean so
 // far. Sums about the mean of at least a quarter as many values lose nothing: the square of its

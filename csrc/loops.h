@@ -15,6 +15,7 @@
 namespace syncbn::SYNCBN_ISA {
 
 #include "vector.h"
+#include "elements.h"
 #include "moments.h"
 #include "contiguous.h"
 #include "channels_last.h"

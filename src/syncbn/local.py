@@ -20,6 +20,9 @@ def serves(x: Tensor, *others: Tensor | None) -> bool:
     A single value per channel is left to torch, which has an error for it; so are torch.compile,
     which fuses torch's own operator, torch.func and forward-mode derivatives.
     """
+    for other in others:  # a loop takes half the time of all()
+        if other is not None and not other.is_cpu:
+            return False
     return (
         not torch.compiler.is_compiling()
         and native_serves(x)
@@ -27,7 +30,6 @@ def serves(x: Tensor, *others: Tensor | None) -> bool:
         and x.numel() > x.shape[1]
         and not torch._C._are_functorch_transforms_active()
         and forward_ad._current_level < 0
-        and all(other is None or other.is_cpu for other in others)
     )
 
 

@@ -79,7 +79,7 @@ class SyncBatchNorm(_BatchNorm):
 
     def forward(self, input: Tensor) -> Tensor:
         self._check_input_dim(input)
-        mean, var, weight = self.running_mean, self.running_var, self.weight
+        mean, var, weight, bias = self._tensors()
         if weight is None and mean is None:  # no tensor that would tell
             check_input(input)
             check_shape("statistics", (self.num_features,), input)
@@ -91,9 +91,20 @@ class SyncBatchNorm(_BatchNorm):
             else:
                 mean = var = None
         return batch_norm(
-            *(input, mean, var, counter, weight, self.bias, training),
+            *(input, mean, var, counter, weight, bias, training),
             *(self.momentum, self.eps, self.process_group if self.training else LOCAL),
         )
+
+    def _tensors(self) -> tuple[Tensor | None, ...]:
+        """(running_mean, running_var, weight, bias): by name each takes a microsecond to find."""
+        buffers, parameters = self._buffers, self._parameters
+        try:
+            return (
+                *(buffers["running_mean"], buffers["running_var"]),
+                *(parameters["weight"], parameters["bias"]),
+            )
+        except KeyError:  # parametrised, or a replica's: an attribute of another kind
+            return self.running_mean, self.running_var, self.weight, self.bias
 
     def reset_parameters(self) -> None:
         self.reset_running_stats()
