@@ -26,6 +26,7 @@ class Case:
     weight: bool = True
     bias: bool = True
     momentum: float = 0.1
+    reproducible: bool = False
     seed: int = 0
 
     def batch(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
@@ -81,6 +82,7 @@ def step(rank: int, case: Case) -> dict[str, Tensor]:
         momentum=case.momentum,
         affine=weight is not None or bias is not None,
         dtype=case.param_dtype,
+        reproducible=case.reproducible,
     )
     for name, value in (("weight", weight), ("bias", bias)):
         parameter = None if value is None else torch.nn.Parameter(value)

@@ -184,17 +184,6 @@ def test_no_value_on_any_rank_is_an_empty_batch(ranks):
     assert ranks(2, run) == [((0, 3, 2), (0, 3, 2), [1.0] * 3, [0.0] * 3)] * 2
 
 
-def test_backward_twice_says_so(ranks):
-    def run(rank):
-        x = torch.randn(3, 2, requires_grad=True)
-        y = syncbn.sync_batch_norm(x, None, None)
-        (gradient,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
-        with pytest.raises(RuntimeError, match="differentiate twice"):
-            gradient.square().sum().backward()
-
-    ranks(2, run)
-
-
 @pytest.mark.parametrize("broadcast", [True, False])
 def test_under_ddp_on_the_cpu(ranks, broadcast):
     def run(rank):

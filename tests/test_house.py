@@ -12,11 +12,13 @@ import syncbn
 SOURCE = Path(syncbn.__file__).parent
 # From the ground up. A room imports from rooms on floors below its own, never from its own floor.
 FLOORS = (
-    {"moments", "_version"},
-    {"kernels", "comm"},
+    {"_version", "checks", "masks", "moments"},
+    {"comm", "kernels", "reproducible"},
+    {"differentiable", "share"},
     {"autograd", "local"},
     {"functional"},
     {"modules"},
+    {"lazy", "masking"},
     {"registry"},
     {"convert"},
     {"demo"},

@@ -4,23 +4,23 @@
     model = DistributedDataParallel(model)
 
 Layers: SyncBatchNorm, SyncBatchNorm1d/2d/3d and their Lazy forms. Function: sync_batch_norm.
-Models: convert, revert, register_conversion. Who takes part: comm. Importing starts nothing.
+Models: convert, revert, register_conversion. Padding: masking, mask_from_lengths. Who takes part:
+comm. Importing starts nothing.
 """
 
 from . import comm
 from ._version import __version__
 from .convert import convert, revert
 from .functional import sync_batch_norm
-from .modules import (
+from .lazy import (
     LazySyncBatchNorm,
     LazySyncBatchNorm1d,
     LazySyncBatchNorm2d,
     LazySyncBatchNorm3d,
-    SyncBatchNorm,
-    SyncBatchNorm1d,
-    SyncBatchNorm2d,
-    SyncBatchNorm3d,
 )
+from .masking import masking
+from .masks import mask_from_lengths
+from .modules import SyncBatchNorm, SyncBatchNorm1d, SyncBatchNorm2d, SyncBatchNorm3d
 from .registry import register_conversion
 
 __all__ = [
@@ -35,6 +35,8 @@ __all__ = [
     "__version__",
     "comm",
     "convert",
+    "mask_from_lengths",
+    "masking",
     "register_conversion",
     "revert",
     "sync_batch_norm",

@@ -11,11 +11,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn.functional import pad
 
 from .comm import Communicator
+from .differentiable import differentiable_gradients
 from .kernels import serving
+from .share import Share
 
 
 def synchronised(
@@ -27,9 +28,9 @@ def synchronised(
     bias: Tensor | None,
     momentum: float | None,
     eps: float,
-    comm: Communicator,
+    share: Share,
 ) -> Tensor:
-    """Batch normalisation of ``input`` (N, C, *) with the statistics of all ranks of ``comm``."""
+    """Batch normalisation of ``input`` (N, C, *) with the statistics of all ranks."""
     tensors = (input, weight, bias)
     grad_enabled = torch.is_grad_enabled()
     wants_gradient = grad_enabled and any(t is not None and t.requires_grad for t in tensors)
@@ -41,7 +42,7 @@ def synchronised(
         anchor = torch.empty(0, device=input.device, requires_grad=True)
     result: Tensor = _SyncBatchNorm.apply(  # type: ignore[no-untyped-call]
         *(input, weight, bias, anchor, wants_gradient),
-        *(running_mean, running_var, num_batches_tracked, momentum, eps, comm),
+        *(running_mean, running_var, num_batches_tracked, momentum, eps, share),
     )
     return result
 
@@ -60,40 +61,37 @@ class _SyncBatchNorm(torch.autograd.Function):
         num_batches_tracked: Tensor | None,
         momentum: float | None,
         eps: float,
-        comm: Communicator,
+        share: Share,
     ) -> Tensor:
-        kernels = serving(x)
         # A header of one number before the moments: does this rank want a gradient?
-        sent = pad(kernels.measure(x), (1, 0), value=float(wants_gradient))
-        received = comm.all_gather(sent)
-        sets = received[:, 1:]
-        _check_count(x, sets, comm)
-        y, mean, invstd, count = kernels.normalise(
+        sent = pad(share.moments(x), (1, 0), value=float(wants_gradient))
+        received = share.comm.all_gather(sent)
+        sets = share.merge_moments(received[:, 1:])
+        _check_count(x, sets, share.comm)
+        y, mean, invstd, count = serving(x).normalise(
             *(x, sets, weight, bias, running_mean, running_var, num_batches_tracked, momentum, eps)
         )
         if wants_gradient or (anchor is not None and bool(received[:, 0].any())):
             ctx.save_for_backward(x, weight, mean, invstd, count)
             ctx.bias_dtype = None if bias is None else bias.dtype
-            ctx.comm = comm
+            ctx.eps, ctx.share = eps, share
         else:
             ctx.mark_non_differentiable(y)
         return y
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, mean, invstd, count = ctx.saved_tensors
-        kernels = serving(x)
-        local = kernels.gradient_sums(dy, x, mean, invstd)
-        total = ctx.comm.all_reduce(local)
         wants_x, wants_weight, wants_bias = ctx.needs_input_grad[:3]
-        dx = dweight = dbias = None
-        if wants_x:
-            dx = kernels.input_gradient(dy, x, weight, mean, invstd, total, count)
-        if wants_weight:
-            dweight = local[1].to(weight.dtype)
-        if wants_bias:
-            dbias = local[0].to(ctx.bias_dtype)
+        dx = None
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph
+            dx, local = differentiable_gradients(dy, x, weight, ctx.eps, ctx.share.comm)
+        else:
+            local, total = ctx.share.gradient_sums(dy, x, mean, invstd)
+            if wants_x:
+                dx = serving(x).input_gradient(dy, x, weight, mean, invstd, total, count)
+        dweight = local[1].to(weight.dtype) if wants_weight else None
+        dbias = local[0].to(ctx.bias_dtype) if wants_bias else None
         return dx, dweight, dbias, *(None,) * 8
 
 

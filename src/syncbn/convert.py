@@ -25,6 +25,7 @@ def convert(
     process_group: Any = None,
     *,
     where: Callable[[str, nn.Module], bool] | None = None,
+    reproducible: bool | None = None,
 ) -> ModuleT:
     """Turn every torch BatchNorm1d/2d/3d, its Lazy form and torch.nn.SyncBatchNorm into syncbn's.
 
@@ -38,6 +39,7 @@ def convert(
         module: a model, or a single layer.
         process_group: as for :class:`SyncBatchNorm`; None leaves layers that have a group with it.
         where: called with each layer's qualified name and the layer; False leaves it alone.
+        reproducible: as for :class:`SyncBatchNorm`; None leaves layers as they are.
 
     Returns:
         ``module`` itself.
@@ -52,13 +54,14 @@ def convert(
         >>> type(model[1]).__name__
         'SyncBatchNorm2d'
     """
-    return convert_layers(module, process_group, where, stacklevel=3)
+    return convert_layers(module, process_group, where, reproducible, stacklevel=3)
 
 
 def convert_layers(
     module: ModuleT,
     process_group: Any,
-    where: Callable[[str, nn.Module], bool] | None,
+    where: Callable[[str, nn.Module], bool] | None = None,
+    reproducible: bool | None = None,
     *,
     stacklevel: int,
 ) -> ModuleT:
@@ -86,6 +89,8 @@ def convert_layers(
             _become(layer, target, _origin=origin)
         if process_group is not None:
             layer.process_group = process_group
+        if reproducible is not None:
+            layer.reproducible = reproducible
     if left_alone:
         warnings.warn(
             "convert: left alone, because they override BatchNorm's behaviour: "
@@ -127,7 +132,7 @@ def revert(module: ModuleT) -> ModuleT:
             continue
         lazy = isinstance(layer, LazyModuleMixin)
         source = origin.source if lazy else _materialised(origin.source)
-        for attribute in ("_origin", "process_group"):
+        for attribute in ("_origin", "process_group", "reproducible"):
             vars(layer).pop(attribute, None)
         if issubclass(source, nn.SyncBatchNorm):
             layer.process_group = origin.process_group

@@ -10,7 +10,10 @@ from torch import Tensor
 
 from . import local
 from .autograd import synchronised
+from .checks import check_input, check_options, check_tensors
 from .comm import LOCAL, resolve
+from .masks import blank, check_mask, pack, unpack
+from .share import ReproducibleShare, Share
 
 
 def sync_batch_norm(
@@ -24,6 +27,8 @@ def sync_batch_norm(
     eps: float = 1e-5,
     *,
     group: Any = None,
+    mask: Tensor | None = None,
+    reproducible: bool = False,
 ) -> Tensor:
     """Batch normalisation with the statistics of the whole batch, however it is split over ranks.
 
@@ -45,6 +50,13 @@ def sync_batch_norm(
         eps: > 0, added to the variance.
         group: None (the default group, if one is initialised), a torch.distributed group, a
             one-dimensional DeviceMesh or a :class:`syncbn.comm.Communicator`.
+        mask: (N, *) bool or None. Only positions where it is True count, over all ranks; elsewhere
+            output and gradient are zero, whatever ``input`` holds there. One mask for all channels
+            (:func:`syncbn.mask_from_lengths` makes one of padded sequences); may be all False, and
+            may be None on other ranks.
+        reproducible: make outputs, gradients with respect to ``input`` and running statistics the
+            same to the bit for every split of a batch over ranks, on the CPU. Give it on every
+            rank alike. Costs more per sample; proof: :mod:`syncbn.reproducible`.
 
     Returns:
         A tensor of ``input``'s shape, dtype and memory format.
@@ -66,7 +78,8 @@ def sync_batch_norm(
     """
     check_options(momentum, eps)
     return batch_norm(
-        *(input, running_mean, running_var, None, weight, bias, training, momentum, eps), group
+        *(input, running_mean, running_var, None, weight, bias, training, momentum, eps, group),
+        *(mask, reproducible),
     )
 
 
@@ -81,31 +94,61 @@ def batch_norm(
     momentum: float | None,
     eps: float,
     group: Any,
+    mask: Tensor | None = None,
+    reproducible: bool = False,
 ) -> Tensor:
     """:func:`sync_batch_norm` for layers: counts batches, over which momentum None averages."""
+    if training and recomputing():  # the first time around they moved
+        running_mean = running_var = num_batches_tracked = None
+    rest = (running_mean, running_var, num_batches_tracked, weight, bias, training, momentum, eps)
+    if mask is None:
+        return _whole(input, *rest, group, reproducible)
+    check_input(input)
+    check_mask(mask, input)
+    if not training:
+        y = _whole(blank(input, mask), *rest, group, reproducible)
+        return blank(y, mask)
+    values, lengths = pack(input, mask)
+    return unpack(_whole(values, *rest, group, reproducible, lengths), input, mask)
+
+
+def _whole(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    num_batches_tracked: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    training: bool,
+    momentum: float | None,
+    eps: float,
+    group: Any,
+    reproducible: bool,
+    lengths: Tensor | None = None,
+) -> Tensor:
+    """Batch normalisation where all of input counts; ``lengths`` of samples: see share.py."""
     tracing: bool = torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
     silent = not training or tracing or torch.compiler.is_exporting()
-    comm = LOCAL if silent or getattr(input, "is_meta", False) else resolve(group)
+    silent = silent or getattr(input, "is_meta", False)
+    comm = LOCAL if silent else resolve(group)
+    alone = comm.size == 1 and (silent or not reproducible)
     if not tracing:  # a trace would record the checks, with warnings
         check_options(0.0 if momentum is None else momentum, eps)
-        if (
-            training
-            and comm.size == 1
-            and local.serves(input, weight, bias, running_mean, running_var)
-        ):
+        if training and alone and local.serves(input, weight, bias, running_mean, running_var):
             try:
                 return local.batch_norm(
                     *(input, weight, bias, running_mean, running_var, num_batches_tracked),
                     *(momentum, eps),
                 )
             except RuntimeError:  # the operator checks in no time; the words follow here
-                _check_tensors(input, running_mean, running_var, weight, bias)
+                check_tensors(input, running_mean, running_var, weight, bias)
                 raise
-        _check_tensors(input, running_mean, running_var, weight, bias)
-    if comm.size > 1:
+        check_tensors(input, running_mean, running_var, weight, bias)
+    if not alone:
+        share = ReproducibleShare(comm, lengths) if reproducible else Share(comm)
         return synchronised(
             *(input, running_mean, running_var, num_batches_tracked, weight, bias),
-            *(momentum, eps, comm),
+            *(momentum, eps, share),
         )
     if momentum is None:
         momentum = 0.0 if num_batches_tracked is None else 1 / (float(num_batches_tracked) + 1)
@@ -115,93 +158,6 @@ def batch_norm(
     return y
 
 
-def check_options(momentum: float, eps: float) -> None:
-    """Refuse a momentum outside [0, 1] and an eps ≤ 0."""
-    if momentum is None or not 0 <= momentum <= 1:
-        raise ValueError(
-            f"sync_batch_norm: expected momentum in [0, 1], got {momentum}; it is the weight of "
-            "the new batch in the running statistics (0.1 is usual, a layer takes None for the "
-            "cumulative average)"
-        )
-    if not eps > 0:
-        raise ValueError(
-            f"sync_batch_norm: expected eps > 0, got {eps}; it keeps a constant channel from "
-            "dividing by zero (1e-5 is usual)"
-        )
-
-
-def check_input(input: Tensor) -> None:
-    """Refuse what is no floating (N, C, *) tensor with at least one channel."""
-    if not isinstance(input, Tensor):
-        raise TypeError(
-            f"sync_batch_norm: expected a torch.Tensor as input, got {type(input).__name__}"
-        )
-    if not input.dtype.is_floating_point:
-        raise TypeError(
-            f"sync_batch_norm: expected floating-point input, got {input.dtype}; "
-            "convert it first, for example input.float()"
-        )
-    if input.dim() < 2:
-        raise ValueError(
-            f"sync_batch_norm: expected at least 2D input (got {input.dim()}D input) of shape "
-            f"(N, C, *), got shape {tuple(input.shape)}; add a batch dimension with unsqueeze(0)"
-        )
-    if input.shape[1] == 0:
-        raise ValueError(
-            "sync_batch_norm: number of input channels should be non-zero, got shape "
-            f"{tuple(input.shape)}; channels are dimension 1"
-        )
-
-
-def check_shape(name: str, shape: tuple[int, ...], input: Tensor) -> None:
-    """Refuse a shape that isn't (C,) for input (N, C, *)."""
-    if shape != input.shape[1:2]:
-        raise ValueError(
-            f"sync_batch_norm: expected {name} of shape ({input.shape[1]},) for input of shape "
-            f"{tuple(input.shape)}, got {tuple(shape)}; channels are dimension 1 of the input and "
-            "must equal the layer's num_features"
-        )
-
-
-def _check_tensors(
-    input: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-) -> None:
-    """Refuse tensors that aren't (C,), floating and on the device of input (N, C, *)."""
-    check_input(input)
-    shape, device = input.shape[1:2], input.device
-    for name, tensor in (
-        ("running_mean", running_mean),
-        ("running_var", running_var),
-        ("weight", weight),
-        ("bias", bias),
-    ):
-        if tensor is not None and not (
-            isinstance(tensor, Tensor)
-            and tensor.shape == shape
-            and tensor.device == device
-            and tensor.dtype.is_floating_point
-        ):
-            _refuse(name, tensor, input)
-    if (running_mean is None) != (running_var is None):
-        raise ValueError(
-            "sync_batch_norm: expected running_mean and running_var both or neither, got only "
-            f"running_{'var' if running_mean is None else 'mean'}"
-        )
-
-
-def _refuse(name: str, tensor: Any, input: Tensor) -> None:
-    if not isinstance(tensor, Tensor) or not tensor.dtype.is_floating_point:
-        got = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
-        raise TypeError(
-            f"sync_batch_norm: expected {name} to be a floating-point tensor, got {got}; "
-            "use the input's dtype or torch.float32"
-        )
-    check_shape(name, tensor.shape, input)
-    raise ValueError(
-        f"sync_batch_norm: expected {name} on the input's device {input.device}, got "
-        f"{tensor.device}; move one of them with .to()"
-    )
+def recomputing() -> bool:
+    """Whether backward is running: a forward inside it is activation checkpointing's second."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from .kernels import composite, native, native_serves
-from .moments import merge, unpack
+from .comm import LOCAL
+from .differentiable import differentiable_gradients
+from .kernels import native, native_serves
 
 
 def serves(x: Tensor, *others: Tensor | None) -> bool:
@@ -72,7 +73,7 @@ class _BatchNorm(torch.autograd.Function):
         wants_x, wants_weight, wants_bias, _ = ctx.needs_input_grad
         dx = None
         if torch.is_grad_enabled():  # create_graph
-            dx, dweight, dbias = _differentiable_gradients(dy, x, weight, ctx.eps)
+            dx, (dbias, dweight) = differentiable_gradients(dy, x, weight, ctx.eps, LOCAL)
         elif wants_x:
             dx, dweight, dbias = native.batch_norm_backward(dy, x, weight, ctx.statistics)
         else:
@@ -82,14 +83,3 @@ class _BatchNorm(torch.autograd.Function):
 
 # Function.apply looks first for torch.func, which serves() excludes: half a microsecond.
 _apply = super(torch.autograd.Function, _BatchNorm).apply
-
-
-def _differentiable_gradients(
-    dy: Tensor, x: Tensor, weight: Tensor | None, eps: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(dx, dweight, dbias) in operations that autograd can differentiate again."""
-    count, mean, m2 = merge(unpack(composite.measure(x).unsqueeze(0)))
-    invstd = (m2 / count + eps).rsqrt()
-    sums = composite.gradient_sums(dy, x, mean, invstd)
-    dx = composite.input_gradient(dy, x, weight, mean, invstd, sums, count)
-    return dx, sums[1], sums[0]

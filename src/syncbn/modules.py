@@ -1,4 +1,7 @@
-"""The layers: state and shape checks only. What they compute is in functional.py."""
+"""The layers: state and shape checks only. What they compute is in functional.py.
+
+Their Lazy forms are in lazy.py.
+"""
 
 from __future__ import annotations
 
@@ -8,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch.nn as nn
 from torch import Tensor
-from torch.nn.modules.batchnorm import _BatchNorm, _LazyNormBase
-from torch.nn.parameter import UninitializedBuffer, is_lazy
+from torch.nn.modules.batchnorm import _BatchNorm
 
+from .checks import check_input, check_options, check_shape
 from .comm import LOCAL, default_group, resolve
-from .functional import batch_norm, check_input, check_options, check_shape
+from .functional import batch_norm
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -36,9 +39,11 @@ class SyncBatchNorm(_BatchNorm):
             ``copy.deepcopy``; left out, with a warning, by pickle.
         device, dtype: of parameters and running statistics.
         bias: False for a weight without a bias.
+        reproducible: in training, the same bits for every split of a batch over ranks.
 
     Shape:
-        (N, C, *) → (N, C, *), of the same dtype and memory format. N may be 0 on some ranks.
+        input: (N, C, *), N may be 0 on some ranks. mask, optional: (N, *), bool, True where a
+        position counts. Output: (N, C, *), of the input's dtype and memory format.
 
     Raises:
         ValueError, TypeError: as :func:`syncbn.sync_batch_norm`, for options at construction.
@@ -51,7 +56,9 @@ class SyncBatchNorm(_BatchNorm):
         torch.Size([4, 3, 8, 8])
     """
 
-    process_group: Any = None  # on the class too: a converted or unpickled layer may have no own
+    # On the class too: a converted or unpickled layer may have none of its own.
+    process_group: Any = None
+    reproducible: bool = False
     _shapes: str = "(N, C, *)"
     _dims: tuple[int, ...] = ()
 
@@ -67,6 +74,7 @@ class SyncBatchNorm(_BatchNorm):
         dtype: Any = None,
         *,
         bias: bool = True,
+        reproducible: bool = False,
     ) -> None:
         check_options(0.0 if momentum is None else momentum, eps)
         resolve(process_group)
@@ -76,8 +84,9 @@ class SyncBatchNorm(_BatchNorm):
         if not bias:  # not passed on: torch before 2.13 does not know it
             self.register_parameter("bias", None)
         self.process_group = process_group
+        self.reproducible = reproducible
 
-    def forward(self, input: Tensor) -> Tensor:
+    def forward(self, input: Tensor, mask: Tensor | None = None) -> Tensor:
         self._check_input_dim(input)
         mean, var, weight, bias = self._tensors()
         if weight is None and mean is None:  # no tensor that would tell
@@ -93,6 +102,7 @@ class SyncBatchNorm(_BatchNorm):
         return batch_norm(
             *(input, mean, var, counter, weight, bias, training),
             *(self.momentum, self.eps, self.process_group if self.training else LOCAL),
+            *(mask, self.reproducible),
         )
 
     def _tensors(self) -> tuple[Tensor | None, ...]:
@@ -118,7 +128,7 @@ class SyncBatchNorm(_BatchNorm):
         """:func:`syncbn.convert` by the name and signature that torch gives it."""
         from .convert import convert_layers  # convert.py is above: it needs these classes
 
-        return convert_layers(module, process_group, None, stacklevel=3)
+        return convert_layers(module, process_group, stacklevel=3)
 
     def extra_repr(self) -> str:
         world = default_group()
@@ -181,68 +191,3 @@ class SyncBatchNorm3d(SyncBatchNorm, nn.BatchNorm3d):
     """:class:`SyncBatchNorm` for (N, C, D, H, W) only."""
 
     _shapes, _dims = "(N, C, D, H, W)", (5,)
-
-
-class LazySyncBatchNorm(_LazyNormBase, SyncBatchNorm):
-    """:class:`SyncBatchNorm` that takes num_features from its first input and becomes one then.
-
-    Arguments as for :class:`SyncBatchNorm` without num_features.
-    """
-
-    cls_to_become = SyncBatchNorm
-
-    def __init__(
-        self,
-        eps: float = 1e-5,
-        momentum: float | None = 0.1,
-        affine: bool = True,
-        track_running_stats: bool = True,
-        process_group: Any = None,
-        device: Any = None,
-        dtype: Any = None,
-        *,
-        bias: bool = True,
-    ) -> None:
-        super().__init__(eps, momentum, affine, track_running_stats, device=device, dtype=dtype)
-        if not bias:  # not passed on: torch before 2.13 does not know it
-            self.register_parameter("bias", None)
-        resolve(process_group)
-        self.process_group = process_group
-
-    def initialize_parameters(self, input: Tensor) -> None:
-        check_input(input)
-        self._check_input_dim(input)
-        fresh = self.has_uninitialized_params()
-        self.num_features = input.shape[1]
-        for tensor in (*self._parameters.values(), *self._buffers.values()):
-            if tensor is not None and is_lazy(tensor):
-                tensor.materialize((self.num_features,))
-            elif tensor is not None and tensor.dim() == 1:  # a loaded state dict has decided
-                self.num_features = tensor.numel()
-        if fresh:
-            self.reset_parameters()
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
-        for buffer in self._buffers.values():
-            if buffer is not None and is_lazy(buffer):  # torch cannot copy these
-                like = {"device": buffer.device, "dtype": buffer.dtype}
-                memo[id(buffer)] = UninitializedBuffer(**like)  # type: ignore[arg-type]
-        return super().__deepcopy__(memo)
-
-
-class LazySyncBatchNorm1d(LazySyncBatchNorm, SyncBatchNorm1d):
-    """:class:`SyncBatchNorm1d` that takes num_features from its first input."""
-
-    cls_to_become = SyncBatchNorm1d
-
-
-class LazySyncBatchNorm2d(LazySyncBatchNorm, SyncBatchNorm2d):
-    """:class:`SyncBatchNorm2d` that takes num_features from its first input."""
-
-    cls_to_become = SyncBatchNorm2d
-
-
-class LazySyncBatchNorm3d(LazySyncBatchNorm, SyncBatchNorm3d):
-    """:class:`SyncBatchNorm3d` that takes num_features from its first input."""
-
-    cls_to_become = SyncBatchNorm3d

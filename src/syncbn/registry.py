@@ -9,7 +9,7 @@ from typing import Any, Generic
 import torch.nn as nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from . import modules
+from . import lazy, modules
 from .modules import SyncBatchNorm
 
 _TARGETS: dict[type[nn.Module], type[SyncBatchNorm]] = {
@@ -17,9 +17,9 @@ _TARGETS: dict[type[nn.Module], type[SyncBatchNorm]] = {
     nn.BatchNorm2d: modules.SyncBatchNorm2d,
     nn.BatchNorm3d: modules.SyncBatchNorm3d,
     nn.SyncBatchNorm: modules.SyncBatchNorm,
-    nn.LazyBatchNorm1d: modules.LazySyncBatchNorm1d,
-    nn.LazyBatchNorm2d: modules.LazySyncBatchNorm2d,
-    nn.LazyBatchNorm3d: modules.LazySyncBatchNorm3d,
+    nn.LazyBatchNorm1d: lazy.LazySyncBatchNorm1d,
+    nn.LazyBatchNorm2d: lazy.LazySyncBatchNorm2d,
+    nn.LazyBatchNorm3d: lazy.LazySyncBatchNorm3d,
 }
 # What a subclass may define without behaving differently from its base.
 _HARMLESS = {

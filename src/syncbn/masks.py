@@ -1,0 +1,80 @@
+"""Masks: which positions of a batch count. What they leave is packed, as if nothing else were."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def mask_from_lengths(lengths: Tensor, size: int | None = None) -> Tensor:
+    """The mask of padded sequences: True where a position is within its sequence.
+
+    Args:
+        lengths: (N,), integer, in positions: how much of each sequence counts, from its beginning.
+        size: how many positions the padded sequences have; by default the longest length.
+
+    Returns:
+        (N, size) bool, on the device of ``lengths``.
+
+    Raises:
+        TypeError: ``lengths`` is no tensor of integers.
+        ValueError: it has not one dimension, or a length is negative or more than ``size``.
+
+    Example:
+        >>> syncbn.mask_from_lengths(torch.tensor([1, 3]))
+        tensor([[ True, False, False],
+                [ True,  True,  True]])
+    """
+    if not isinstance(lengths, Tensor) or lengths.dtype.is_floating_point or lengths.is_complex():
+        got = lengths.dtype if isinstance(lengths, Tensor) else type(lengths).__name__
+        raise TypeError(f"mask_from_lengths: expected lengths as an integer tensor, got {got}")
+    if lengths.dim() != 1:
+        raise ValueError(
+            f"mask_from_lengths: expected lengths of shape (N,), got {tuple(lengths.shape)}"
+        )
+    longest = int(lengths.max()) if len(lengths) else 0
+    size = longest if size is None else size
+    if longest > size or (len(lengths) and int(lengths.min()) < 0):
+        raise ValueError(
+            f"mask_from_lengths: expected lengths from 0 to size = {size}, got "
+            f"{int(lengths.min())} to {longest}; lengths count positions of the padded sequences"
+        )
+    return torch.arange(size, device=lengths.device) < lengths.unsqueeze(1)
+
+
+def check_mask(mask: Tensor, input: Tensor) -> None:
+    """Refuse what is no bool mask (N, *) on the device of input (N, C, *)."""
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+        got = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
+        raise TypeError(
+            f"sync_batch_norm: expected mask as a torch.bool tensor, True where a position counts, "
+            f"got {got}; compare to make one, for example mask != 0"
+        )
+    expected = (*input.shape[:1], *input.shape[2:])
+    if mask.shape != expected:
+        raise ValueError(
+            f"sync_batch_norm: expected mask of shape {expected}, (N, *) for input (N, C, *) of "
+            f"shape {tuple(input.shape)}, got {tuple(mask.shape)}; one mask serves all channels"
+        )
+    if mask.device != input.device:
+        raise ValueError(
+            f"sync_batch_norm: expected mask on the input's device {input.device}, got "
+            f"{mask.device}; move one of them with .to()"
+        )
+
+
+def pack(input: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """The values (V, C) that count of input (N, C, *), and how many each sample has (N,)."""
+    return input.movedim(1, -1)[mask], mask.flatten(1).sum(1)
+
+
+def unpack(values: Tensor, input: Tensor, mask: Tensor) -> Tensor:
+    """A tensor like input (N, C, *) of the values (V, C) that count, and zeros."""
+    output = torch.zeros_like(input, dtype=values.dtype)
+    output.movedim(1, -1)[mask] = values
+    return output
+
+
+def blank(input: Tensor, mask: Tensor) -> Tensor:
+    """input (N, C, *) with zeros where nothing counts."""
+    return input.masked_fill(~mask.unsqueeze(1), 0)
