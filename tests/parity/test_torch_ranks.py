@@ -39,6 +39,12 @@ def initialised(layer):
     return layer
 
 
+def held(layer):
+    """Copies of the parameters' gradients and of the buffers, by name."""
+    gradients = {name: p.grad.clone() for name, p in layer.named_parameters()}
+    return gradients, {name: b.clone() for name, b in layer.named_buffers()}
+
+
 def trained(layer, pairs, layout, share):
     """What the layer shows in each mode on its share of each batch."""
     shown = []
@@ -47,9 +53,7 @@ def trained(layer, pairs, layout, share):
         x = laid_out(x[share], layout).detach().requires_grad_()
         y = layer(x)
         y.backward(dy[share])
-        gradients = {name: p.grad.clone() for name, p in layer.named_parameters()}
-        buffers = {name: b.clone() for name, b in layer.named_buffers()}
-        shown.append((y.detach(), x.grad, gradients, buffers))
+        shown.append((y.detach(), x.grad, *held(layer)))
     return shown
 
 
@@ -77,9 +81,7 @@ def expected(spatial, split, dtype, options):
         parts = shares(split) if not (training or options["track_running_stats"]) else [slice(None)]
         y = torch.cat([layer(x[part]) for part in parts])
         y.backward(dy)
-        gradients = {name: p.grad.clone() for name, p in layer.named_parameters()}
-        shown.append((y.detach(), x.grad, gradients, dict(layer.named_buffers())))
-        shown[-1] = (*shown[-1][:3], {name: b.clone() for name, b in layer.named_buffers()})
+        shown.append((y.detach(), x.grad, *held(layer)))
     return shown
 
 

@@ -135,3 +135,20 @@ def test_keyword_input_and_a_functional_call(torchs, ours, training):
     identical(mine(input=x), theirs(input=x))
     state = {name: torch.full_like(t, 2) for name, t in theirs.state_dict().items()}
     identical(*(torch.func.functional_call(layer, dict(state), (x,)) for layer in (mine, theirs)))
+
+
+TRANSFORMS = {
+    "jvp": lambda layer, x: torch.func.jvp(layer, (x,), (x.square(),)),
+    "jacrev": lambda layer, x: torch.func.jacrev(layer)(x),
+    "vmap": lambda layer, x: torch.func.vmap(layer)(torch.stack((x, 2 * x, x + 1))),
+    "autocast": lambda layer, x: torch.autocast("cpu", torch.bfloat16)(layer)(x),
+}
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS)
+@pytest.mark.parametrize("training", [True, False])
+def test_function_transforms(transform, training):
+    mine, theirs = pair(4, track_running_stats=transform != "vmap" or not training)
+    x = torch.randn(4, 3, 2, 2)
+    outcomes = [TRANSFORMS[transform](layer.train(training), x) for layer in (mine, theirs)]
+    torch.testing.assert_close(*outcomes, rtol=1e-5, atol=1e-5)
