@@ -9,7 +9,8 @@ What an implementer owes, and a caller may rely on:
 - **Ownership.** The argument is not modified and not kept; the result is a new tensor that belongs
   to the caller.
 - **Determinism.** Every rank receives the same bits.
-- **Failure.** A peer that is gone ends the call with an exception.
+- **Failure.** A peer that is gone ends the call with an exception, or the whole job where the engine
+  sees to that (MPI).
 - **Lifetime.** A communicator is usable as long as the engine under it is. It owns no threads and
   needs no closing.
 
