@@ -7,7 +7,7 @@ import pytest
 import torch
 from ranks import Worlds
 
-pytest.register_assert_rewrite("cases", "layers", "oracle")
+pytest.register_assert_rewrite("cases", "contract", "layers", "oracle")
 torch.set_num_threads(1)  # of this process; other runs on the machine make more threads slow
 
 common = {"deadline": None, "print_blob": True}
