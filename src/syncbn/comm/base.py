@@ -16,9 +16,8 @@ What a caller may rely on and an implementer owes; tests/contract.py holds every
   all_reduce adds in the argument's dtype, in an order that doesn't depend on who comes first.
 - **Failure.** A peer that is gone ends the call with an exception: at once where the engine
   notices, else after the engine's timeout. It names the operation and what is known of the peers.
-  Where that is the engine's way (MPI), it ends the whole job instead.
   After it the communicator is of no use; an implementation must not let later calls meet the
-  wrong partners.
+  wrong partners. An engine may end the whole job instead (MPI).
 - **Threads.** Calls on one communicator come one at a time, but not always from the same thread:
   torch runs backward in the caller's thread on the CPU, in a thread of its own for other devices.
 - **Lifetime.** A communicator is usable as long as the engine under it is. It owns no threads and

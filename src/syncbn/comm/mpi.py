@@ -96,7 +96,9 @@ class MPI(Communicator):
         byte = self._engine.BYTE  # which has no opinion on bfloat16
         gathered = local.new_empty(self.size, *local.shape)
         self._in_flight = (local, gathered)
-        self._wait(self.comm.Iallgather([self._memory(local), byte], [self._memory(gathered), byte]))
+        self._wait(
+            self.comm.Iallgather([self._memory(local), byte], [self._memory(gathered), byte])
+        )
         return gathered
 
     def _reduced(self, total: Tensor) -> Tensor:
@@ -112,7 +114,7 @@ class MPI(Communicator):
         self._wait(self.comm.Ibcast(here))
         return total
 
-    def _memory(self, tensor: Tensor) -> Engine.buffer:
+    def _memory(self, tensor: Tensor) -> Any:
         return self._engine.buffer.fromaddress(tensor.data_ptr(), tensor.nbytes)
 
     def _wait(self, request: Engine.Request) -> None:
