@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from .base import Communicator, Local
+from .mpi import MPI
 from .process_group import ProcessGroup, default_group, from_torch
 
-__all__ = ["LOCAL", "Communicator", "Local", "ProcessGroup", "default_group", "resolve"]
+__all__ = ["LOCAL", "MPI", "Communicator", "Local", "ProcessGroup", "default_group", "resolve"]
 
 LOCAL = Local()
 
