@@ -6,8 +6,18 @@ from typing import Any
 
 from .base import Communicator, Local
 from .process_group import ProcessGroup, default_group, from_torch
+from .threads import Threads, threads
 
-__all__ = ["LOCAL", "Communicator", "Local", "ProcessGroup", "default_group", "resolve"]
+__all__ = [
+    "LOCAL",
+    "Communicator",
+    "Local",
+    "ProcessGroup",
+    "Threads",
+    "default_group",
+    "resolve",
+    "threads",
+]
 
 LOCAL = Local()
 
