@@ -5,9 +5,18 @@ from __future__ import annotations
 from typing import Any
 
 from .base import Communicator, Local
-from .process_group import ProcessGroup, default_group, from_torch
+from .process_group import ProcessGroup, default_group, from_torch, refuse_join, subgroups
 
-__all__ = ["LOCAL", "Communicator", "Local", "ProcessGroup", "default_group", "resolve"]
+__all__ = [
+    "LOCAL",
+    "Communicator",
+    "Local",
+    "ProcessGroup",
+    "default_group",
+    "refuse_join",
+    "resolve",
+    "subgroups",
+]
 
 LOCAL = Local()
 
