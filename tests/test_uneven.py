@@ -230,10 +230,10 @@ def test_other_errors_and_copies_of_a_watched_model():
 @pytest.mark.parametrize(
     ("arguments", "error", "words"),
     [
-        (dict(loader=3), TypeError, "expected an iterable of batches, got int"),
-        (dict(loader=[], model=3), TypeError, "expected model to be a torch.nn.Module, got int"),
-        (dict(loader=[], empty=len), ValueError, "both or neither, got only empty"),
-        (dict(loader=[], process_group=3), TypeError, "process_group: got int; pass None"),
+        ({"loader": 3}, TypeError, "expected an iterable of batches, got int"),
+        ({"loader": [], "model": 3}, TypeError, "expected model to be a torch.nn.Module, got int"),
+        ({"loader": [], "empty": len}, ValueError, "both or neither, got only empty"),
+        ({"loader": [], "process_group": 3}, TypeError, "process_group: got int; pass None"),
     ],
 )
 def test_wrong_arguments(arguments, error, words):
@@ -243,5 +243,5 @@ def test_wrong_arguments(arguments, error, words):
 
 @pytest.mark.parametrize("batch", [object(), torch.tensor(1.0), [], {"a": "b"}])
 def test_batches_that_cannot_be_counted(batch):
-    with pytest.raises((TypeError, ValueError), match="until_all_done: expected .* pass empty="):
+    with pytest.raises((TypeError, ValueError), match=r"until_all_done: expected .* pass empty="):
         list(syncbn.until_all_done([batch]))
