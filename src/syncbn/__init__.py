@@ -4,7 +4,8 @@
     model = DistributedDataParallel(model)
 
 Layers: SyncBatchNorm, SyncBatchNorm1d/2d/3d and their Lazy forms. Function: sync_batch_norm.
-Models: convert, revert, register_conversion. Who takes part: comm. Importing starts nothing.
+Models: convert, revert, register_conversion. Loaders of different lengths: until_all_done. Who
+takes part: comm. Importing starts nothing.
 """
 
 from . import comm
@@ -22,6 +23,7 @@ from .modules import (
     SyncBatchNorm3d,
 )
 from .registry import register_conversion
+from .uneven import until_all_done
 
 __all__ = [
     "LazySyncBatchNorm",
@@ -38,4 +40,5 @@ __all__ = [
     "register_conversion",
     "revert",
     "sync_batch_norm",
+    "until_all_done",
 ]

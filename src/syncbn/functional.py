@@ -10,7 +10,7 @@ from torch import Tensor
 
 from . import local
 from .autograd import synchronised
-from .comm import LOCAL, resolve
+from .comm import LOCAL, refuse_join, resolve
 
 
 def sync_batch_norm(
@@ -103,6 +103,8 @@ def batch_norm(
                 raise
         _check_tensors(input, running_mean, running_var, weight, bias)
     if comm.size > 1:
+        if not torch.compiler.is_compiling():
+            refuse_join()
         return synchronised(
             *(input, running_mean, running_var, num_batches_tracked, weight, bias),
             *(momentum, eps, comm),

@@ -6,7 +6,7 @@ from typing import Any
 
 from .base import Communicator, Local
 from .mpi import MPI
-from .process_group import ProcessGroup, default_group, from_torch
+from .process_group import ProcessGroup, default_group, from_torch, refuse_join, subgroups
 from .threads import Threads, threads
 
 __all__ = [
@@ -17,7 +17,9 @@ __all__ = [
     "ProcessGroup",
     "Threads",
     "default_group",
+    "refuse_join",
     "resolve",
+    "subgroups",
     "threads",
 ]
 
