@@ -140,6 +140,11 @@ def _check(module: nn.Module, device: torch.device) -> None:
                 f"move it with module.to({str(device)!r})"
             )
     for name, layer in module.named_modules():
+        if type(layer).__name__ == "OptimizedModule":  # a copy would write into its original
+            raise RuntimeError(
+                f"DataParallel: expected modules that can be copied, got {name or 'the module'} "
+                "wrapped by torch.compile(); give DataParallel the module itself"
+            )
         if isinstance(layer, SyncBatchNorm) and layer.training:
             ranks = resolve(layer.process_group).size
             if ranks > 1:
@@ -159,6 +164,7 @@ def _run(
     replicas = _replicate(module, devices)
     for rank, replica in enumerate(replicas):
         for name, layer in replica.named_modules():
+            vars(layer).pop("_compiled_call_impl", None)  # it would run the original
             if isinstance(layer, SyncBatchNorm):
                 layer.process_group = Replica(crew, rank, f"layer {name!r}" if name else "module")
     places = [_place(device) for device in devices]
@@ -193,8 +199,7 @@ def _place(device: torch.device) -> Callable[[], ExitStack]:
         stack.enter_context(torch.inference_mode(inference))
         stack.enter_context(torch.set_grad_enabled(grad))
         for kind, dtype, enabled in casts:
-            if enabled:
-                stack.enter_context(torch.autocast(kind, dtype, cache_enabled=cache))
+            stack.enter_context(torch.autocast(kind, dtype, enabled, cache_enabled=cache))
         return stack
 
     return enter

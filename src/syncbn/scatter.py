@@ -17,17 +17,19 @@ def scatter(obj: Any, devices: Sequence[torch.device], dim: int = 0) -> list[Any
 
     Tensors are split along ``dim`` as evenly as possible, into as many shares as the smallest of
     them has room for, so that nothing is lost. Tensors without dimensions and everything else go
-    to every device.
+    to every device. Several devices get copies of tensors.
     """
     sizes = [tensor.shape[dim] for tensor in _tensors(obj) if tensor.dim()]
-    shares = max(1, min(len(devices), *sizes))
+    shares = max(1, min([len(devices), *sizes]))
 
     def share(rank: int, tensor: Tensor) -> Tensor:
         if tensor.dim():
             base, extra = divmod(tensor.shape[dim], shares)
             start = rank * base + min(rank, extra)
             tensor = tensor.narrow(dim, start, base + (rank < extra))
-        return tensor.to(devices[rank], non_blocking=True)
+        # a view would share its version with the others' views: what one replica changes in
+        # place would be wrong for backward in all
+        return tensor.to(devices[rank], non_blocking=True, copy=shares > 1)
 
     return [_mapped(partial(share, rank), obj) for rank in range(shares)]
 
