@@ -12,12 +12,12 @@ import syncbn
 SOURCE = Path(syncbn.__file__).parent
 # From the ground up. A room imports from rooms on floors below its own, never from its own floor.
 FLOORS = (
-    {"moments", "empty", "_version"},
+    {"moments", "empty", "scatter", "_version"},
     {"kernels", "comm"},
-    {"autograd", "local", "uneven"},
+    {"autograd", "joint", "local", "uneven"},
     {"functional"},
     {"modules"},
-    {"registry"},
+    {"data_parallel", "registry"},
     {"convert"},
     {"demo"},
     {"cli"},

@@ -14,6 +14,7 @@ import torch.nn as nn
 from torch.nn.modules.lazy import LazyModuleMixin
 
 from .comm import resolve, subgroups
+from .data_parallel import DataParallel
 from .modules import SyncBatchNorm
 from .registry import Origin, is_candidate, stands_for, target_of
 
@@ -32,6 +33,9 @@ def convert(
     In place: each layer stays the same object, only its class changes. Works before or after
     wrapping in DistributedDataParallel or fully_shard, with optimizers that exist. :func:`revert`
     undoes it.
+
+    A torch.nn.DataParallel around such layers becomes a :class:`syncbn.DataParallel` on the same
+    devices, because torch's does not synchronise its replicas.
 
     Subclasses that change behaviour are left alone and named in one warning;
     :func:`register_conversion` teaches convert what to do with them.
@@ -101,6 +105,7 @@ def convert_layers(
             _become(layer, target, _origin=origin)
         if process_group is not None or group_size is not None:
             layer.process_group = process_group
+    _convert_wrappers(module)
     if left_alone:
         warnings.warn(
             "convert: left alone, because they override BatchNorm's behaviour: "
@@ -147,6 +152,7 @@ def revert(module: ModuleT) -> ModuleT:
         if issubclass(source, nn.SyncBatchNorm):
             layer.process_group = origin.process_group
         _become(layer, source)
+    _revert_wrappers(module)
     if left_alone:
         warnings.warn(
             "revert: left alone, because convert did not give them their classes: "
@@ -155,6 +161,20 @@ def revert(module: ModuleT) -> ModuleT:
             stacklevel=2,
         )
     return module
+
+
+def _convert_wrappers(module: nn.Module) -> None:
+    for wrapper in module.modules():
+        if type(wrapper) is nn.DataParallel and any(
+            isinstance(layer, SyncBatchNorm) for layer in wrapper.modules()
+        ):
+            _become(wrapper, DataParallel, _origin=nn.DataParallel)
+
+
+def _revert_wrappers(module: nn.Module) -> None:
+    for wrapper in module.modules():
+        if type(wrapper) is DataParallel and "_origin" in vars(wrapper):
+            _become(wrapper, vars(wrapper).pop("_origin"))
 
 
 def _materialised(cls: Any) -> Any:

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from . import local
 from .autograd import synchronised
-from .comm import LOCAL, refuse_join, resolve
+from .comm import LOCAL, Replica, refuse_join, resolve
+from .joint import together
 
 
 def sync_batch_norm(
@@ -103,12 +104,12 @@ def batch_norm(
                 raise
         _check_tensors(input, running_mean, running_var, weight, bias)
     if comm.size > 1:
+        statistics = (running_mean, running_var, num_batches_tracked)
+        if isinstance(comm, Replica):
+            return together(input, *statistics, weight, bias, momentum, eps, comm)
         if not torch.compiler.is_compiling():
             refuse_join()
-        return synchronised(
-            *(input, running_mean, running_var, num_batches_tracked, weight, bias),
-            *(momentum, eps, comm),
-        )
+        return synchronised(input, *statistics, weight, bias, momentum, eps, comm)
     if momentum is None:
         momentum = 0.0 if num_batches_tracked is None else 1 / (float(num_batches_tracked) + 1)
     y = F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)

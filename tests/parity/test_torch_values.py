@@ -148,7 +148,8 @@ TRANSFORMS = {
 @pytest.mark.parametrize("transform", TRANSFORMS)
 @pytest.mark.parametrize("training", [True, False])
 def test_function_transforms(transform, training):
-    mine, theirs = pair(4, track_running_stats=transform != "vmap" or not training)
+    # Statistics that move in a transform are refused, by torch.
+    mine, theirs = pair(4, track_running_stats=not training)
     x = torch.randn(4, 3, 2, 2)
     outcomes = [TRANSFORMS[transform](layer.train(training), x) for layer in (mine, theirs)]
     torch.testing.assert_close(*outcomes, rtol=1e-5, atol=1e-5)
