@@ -116,7 +116,7 @@ def test_every_option_over_ranks(ranks, shape, world, dtype):
             for layer, (_, layout) in zip(layers, cases, strict=True)
         ]
 
-    results = ranks(world, run)
+    results = ranks(world, run, timeout=120)
     for number, (options, _) in enumerate(cases):
         check([r[number] for r in results], expected(spatial, split, dtype, options), dtype)
 
