@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from contract import CHECKS, check_interleaved
+from in_threads import in_threads
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 import syncbn
@@ -30,6 +31,8 @@ WORLDS = {
     "process group": on_workers(3, lambda: ProcessGroup(dist.group.WORLD)),
     "two ranks": on_workers(2, lambda: resolve(None)),
     "many ranks": on_workers(3, lambda: Ring(dist.group.WORLD)),
+    "threads": lambda _, function: in_threads(3, function),
+    "many threads": lambda _, function: in_threads(12, function),
     "mesh": on_workers(2, lambda: resolve(init_device_mesh("cpu", (dist.get_world_size(),)))),
 }
 

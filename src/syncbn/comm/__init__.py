@@ -7,8 +7,19 @@ from typing import Any
 from .base import Communicator, Local
 from .mpi import MPI
 from .process_group import ProcessGroup, default_group, from_torch
+from .threads import Threads, threads
 
-__all__ = ["LOCAL", "MPI", "Communicator", "Local", "ProcessGroup", "default_group", "resolve"]
+__all__ = [
+    "LOCAL",
+    "MPI",
+    "Communicator",
+    "Local",
+    "ProcessGroup",
+    "Threads",
+    "default_group",
+    "resolve",
+    "threads",
+]
 
 LOCAL = Local()
 
