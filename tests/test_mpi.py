@@ -7,6 +7,7 @@ import os
 import pickle
 import time
 
+import oracle
 import pytest
 import torch
 import torch.distributed as dist
@@ -84,6 +85,23 @@ def test_messages_never_meet_the_callers(mpi_ranks):
 def test_a_step_equals_the_oracle(mpi_ranks, split, dtype):
     case = Case(split=split, dtype=dtype, param_dtype=dtype, offset=3.0)
     check(case, mpi_ranks(len(split), lambda rank: step(rank, case, MPI())), factor=4)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_tensors_of_a_gpu_pass_through_the_cpu(mpi_ranks):
+    """Backward too, which runs in a thread of autograd's own there."""
+    case = Case(split=(3, 2))
+    x, dy, *_ = case.batch()
+
+    def on_gpu(rank):
+        mine = slice(0, 3) if rank == 0 else slice(3, 5)
+        layer = syncbn.SyncBatchNorm(case.channels, process_group=MPI(), device="cuda")
+        input = x[mine].cuda().requires_grad_()
+        layer(input).backward(dy[mine].cuda())
+        return input.grad.cpu()
+
+    expected = oracle.batch_norm(x, dy)
+    oracle.assert_close(torch.cat(mpi_ranks(2, on_gpu)), expected.dx, factor=4)
 
 
 def train(model, data, whole, total):

@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from cases import Case, check, step
+from layers import Silent
 from test_ddp import assert_same_state, batches, network, share, train
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -98,3 +99,10 @@ def test_momentum_none(ranks, steps):
         for name, of in (("running_mean", "mean"), ("running_var", "unbiased_var")):
             average = torch.stack([getattr(result, of) for result in judged]).mean(0)
             oracle.assert_close(state[name], average)
+
+
+def test_eval_without_running_statistics_stays_local():
+    """Bagua communicates there."""
+    layer = syncbn.SyncBatchNorm(3, track_running_stats=False, process_group=Silent()).eval()
+    x = torch.randn(5, 3, dtype=torch.float64)
+    oracle.assert_close(layer.double()(x), oracle.batch_norm(x, x).y)
