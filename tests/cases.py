@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import oracle
 import torch
@@ -72,7 +73,7 @@ def layouts(dimensions: int) -> list[str]:
     return ["contiguous", "strided", "transposed", *extra]
 
 
-def step(rank: int, case: Case) -> dict[str, Tensor]:
+def step(rank: int, case: Case, process_group: Any = None) -> dict[str, Tensor]:
     """One training step on this rank's share; what it computed."""
     x, dy, weight, bias = case.batch()
     start = sum(case.split[:rank])
@@ -83,6 +84,7 @@ def step(rank: int, case: Case) -> dict[str, Tensor]:
         affine=weight is not None or bias is not None,
         dtype=case.param_dtype,
         reproducible=case.reproducible,
+        process_group=process_group,
     )
     for name, value in (("weight", weight), ("bias", bias)):
         parameter = None if value is None else torch.nn.Parameter(value)

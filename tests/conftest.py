@@ -5,9 +5,10 @@ from collections.abc import Iterator
 import hypothesis
 import pytest
 import torch
+from mpijob import Job, missing
 from ranks import Worlds
 
-pytest.register_assert_rewrite("cases", "layers", "oracle")
+pytest.register_assert_rewrite("cases", "contract", "layers", "oracle")
 torch.set_num_threads(1)  # of this process; other runs on the machine make more threads slow
 
 common = {"deadline": None, "print_blob": True}
@@ -20,6 +21,16 @@ hypothesis.settings.load_profile("quick")
 def ranks() -> Iterator[Worlds]:
     """``ranks(size, function, *args, timeout=60)``: run ``function(rank, *args)`` on every rank."""
     worlds = Worlds()
+    yield worlds
+    worlds.close()
+
+
+@pytest.fixture(scope="session")
+def mpi_ranks() -> Iterator[Worlds]:
+    """The same on ranks that mpiexec starts, without torch.distributed."""
+    if reason := missing():
+        pytest.skip(reason)
+    worlds = Worlds(Job)
     yield worlds
     worlds.close()
 

@@ -2,6 +2,7 @@
 
 import io
 
+import oracle
 import pytest
 import torch
 from torch import nn
@@ -150,3 +151,33 @@ def assert_same(before, after, ignore_class=False):
         for key, inside in insides.items():
             assert [k for k, _ in inside] == [k for k, _ in insides_[key]]
             assert all(a is b for (_, a), (_, b) in zip(inside, insides_[key], strict=True))
+
+
+def watch(layer):
+    """What passes through ``layer``: x, y and their gradients, filled in as it happens."""
+    seen = {}
+
+    def note(layer, args, y):
+        (x,) = args
+        seen.update(x=x.detach().clone(), y=y.detach().clone())
+        x.register_hook(lambda dx: seen.update(dx=dx.clone()))
+        y.register_hook(lambda dy: seen.update(dy=dy.clone()))
+
+    layer.register_forward_hook(note)
+    return seen
+
+
+def assert_normalised_together(everything, weight=None, bias=None, dtype=None):
+    """What all ranks have seen is the oracle's whole batch, to the rounding of each rank's type."""
+    x, dy = (torch.cat([seen[name].double() for seen in everything]) for name in ("x", "dy"))
+    expected = oracle.batch_norm(x, dy, weight, bias)
+    sizes = [len(seen["x"]) for seen in everything]
+    for name in ("y", "dx"):
+        shares = getattr(expected, name).split(sizes)
+        for seen, share in zip(everything, shares, strict=True):
+            assert seen[name].dtype == (dtype or seen["x"].dtype)
+            # Moments are summed in float32 by ranks that hold float32 or less.
+            alike = all(other["x"].dtype == torch.float64 for other in everything)
+            narrow = torch.float32 if seen[name].dtype == torch.float64 and not alike else None
+            oracle.assert_close(seen[name], share, dtype=narrow, factor=4)
+    return expected

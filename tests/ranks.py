@@ -100,15 +100,21 @@ def _stacks(folder: str, rank: int) -> Path:
 
 
 def _serve(rank: int, size: int, connection: Connection, folder: str) -> None:
-    stacks = _stacks(folder, rank).open("w")
-    faulthandler.register(signal.SIGUSR1, file=stacks, all_threads=True)
-    import torch
     import torch.distributed as dist
 
-    torch.set_num_threads(1)
     dist.init_process_group(
         "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=size
     )
+    serve(rank, connection, folder)
+
+
+def serve(rank: int, connection: Connection, folder: str) -> None:
+    """Answer calls until the connection closes; on SIGUSR1 write all stacks into ``folder``."""
+    stacks = _stacks(folder, rank).open("w")
+    faulthandler.register(signal.SIGUSR1, file=stacks, all_threads=True)
+    import torch
+
+    torch.set_num_threads(1)
     while True:
         try:
             message = connection.recv_bytes()
@@ -126,7 +132,8 @@ def _serve(rank: int, size: int, connection: Connection, folder: str) -> None:
 class Worlds:
     """Worlds by size, started when first asked for and replaced when broken."""
 
-    def __init__(self) -> None:
+    def __init__(self, kind: type[World] = World) -> None:
+        self._kind = kind
         self._worlds: dict[int, World] = {}
 
     def __call__(
@@ -135,7 +142,7 @@ class Worlds:
         """``function(rank, *args)`` on each of ``size`` ranks; see :meth:`World.run`."""
         world = self._worlds.get(size)
         if world is None or not world.alive:
-            world = self._worlds[size] = World(size)
+            world = self._worlds[size] = self._kind(size)
         return world.run(function, *args, timeout=timeout)
 
     def close(self) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.distributed as dist
+from contract import CHECKS, check_interleaved
+from in_threads import in_threads
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 import syncbn
@@ -17,114 +19,36 @@ class Ring(ProcessGroup):
     few = 0
 
 
-FACTORIES = {
-    "local": (1, lambda: LOCAL),
-    "default group": (3, lambda: resolve(None)),
-    "process group": (3, lambda: ProcessGroup(dist.group.WORLD)),
-    "many ranks": (3, lambda: Ring(dist.group.WORLD)),
-    "mesh": (2, lambda: resolve(init_device_mesh("cpu", (dist.get_world_size(),)))),
+def on_workers(size, communicator):
+    """Runs a function of a communicator on ``size`` processes of a gloo group."""
+    return lambda ranks, function: ranks(size, lambda rank: function(communicator()))
+
+
+# To add a communicator: how to run function(communicator) on each of its ranks.
+WORLDS = {
+    "local": lambda ranks, function: function(LOCAL),
+    "default group": on_workers(3, lambda: resolve(None)),
+    "process group": on_workers(3, lambda: ProcessGroup(dist.group.WORLD)),
+    "two ranks": on_workers(2, lambda: resolve(None)),
+    "many ranks": on_workers(3, lambda: Ring(dist.group.WORLD)),
+    "threads": lambda _, function: in_threads(3, function),
+    "many threads": lambda _, function: in_threads(12, function),
+    "mesh": on_workers(2, lambda: resolve(init_device_mesh("cpu", (dist.get_world_size(),)))),
 }
 
 
-@pytest.fixture(params=FACTORIES, ids=str)
-def on_every_rank(request, ranks):
-    """Runs ``function(communicator)`` on every rank of one kind of communicator."""
-    size, factory = FACTORIES[request.param]
-
-    def run(function):
-        return ranks(size, lambda rank: function(factory()))
-
-    if request.param == "local":
-        return lambda function: [function(LOCAL)]
-    return run
-
-
-def test_ranks_are_numbered_and_counted(on_every_rank):
-    results = on_every_rank(lambda comm: (comm.rank, comm.size))
-    assert results == [(rank, len(results)) for rank in range(len(results))]
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16])
-@pytest.mark.parametrize("shape", [(5,), (2, 3), (1,), ()])
-def test_values_and_dtypes(on_every_rank, dtype, shape):
-    def both(comm):
-        mine = torch.full(shape, comm.rank + 1.0, dtype=dtype)
-        return comm.all_gather(mine), comm.all_reduce(mine), mine
-
-    results = on_every_rank(both)
-    size = len(results)
-    for rank, (gathered, total, mine) in enumerate(results):
-        assert gathered.dtype == total.dtype == dtype
-        assert gathered.shape == (size, *shape)
-        assert total.shape == shape
-        assert all((gathered[r] == r + 1).all() for r in range(size))
-        assert (total == size * (size + 1) / 2).all()
-        assert (mine == rank + 1).all(), "the argument is not modified"
-
-
-def test_empty_tensors(on_every_rank):
-    def both(comm):
-        return comm.all_gather(torch.empty(0)), comm.all_reduce(torch.empty(0))
-
-    results = on_every_rank(both)
-    assert {tuple(gathered.shape) for gathered, _ in results} == {(len(results), 0)}
-    assert {tuple(total.shape) for _, total in results} == {(0,)}
-
-
-def test_arguments_need_not_be_contiguous(on_every_rank):
-    def both(comm):
-        mine = (torch.arange(12.0).view(3, 4) + comm.rank).t()[::2]
-        return comm.all_gather(mine), comm.all_reduce(mine), mine
-
-    results = on_every_rank(both)
-    for gathered, total, _ in results:
-        assert torch.equal(gathered, torch.stack([mine for *_, mine in results]))
-        assert torch.equal(total, gathered.sum(0))
-
-
-def test_the_result_belongs_to_the_caller(on_every_rank):
-    def overwrite(comm):
-        mine = torch.ones(4)
-        comm.all_gather(mine).fill_(7)
-        comm.all_reduce(mine).fill_(7)
-        return comm.all_gather(mine), mine
-
-    for gathered, mine in on_every_rank(overwrite):
-        assert (gathered == 1).all()
-        assert (mine == 1).all()
-
-
-def test_many_in_a_row_stay_in_order(on_every_rank):
-    def many(comm):
-        for i in range(200):
-            tensor = torch.tensor([float(i * comm.size + comm.rank)])
-            expected = [float(i * comm.size + r) for r in range(comm.size)]
-            assert comm.all_gather(tensor).flatten().tolist() == expected
-            assert comm.all_reduce(tensor).item() == sum(expected)
-
-    on_every_rank(many)
+@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
+@pytest.mark.parametrize("world", WORLDS.values(), ids=WORLDS)
+def test_contract(ranks, world, check):
+    world(ranks, check)
 
 
 def test_two_communicators_interleave(ranks):
     def interleaved(rank):
         pairs = [dist.new_group([0, 1]), dist.new_group([2, 3])]
-        mine, world = resolve(pairs[rank // 2]), resolve(None)
-        sums = []
-        for _ in range(20):
-            sums.append(mine.all_reduce(torch.tensor([float(rank)])).item())
-            sums.append(world.all_reduce(torch.tensor([float(rank)])).item())
-        return set(sums[::2]), set(sums[1::2])
+        check_interleaved(resolve(pairs[rank // 2]), resolve(None))
 
-    assert ranks(4, interleaved) == [({1.0}, {6.0})] * 2 + [({5.0}, {6.0})] * 2
-
-
-def test_every_rank_receives_the_same_bits(on_every_rank):
-    def sums(comm):
-        generator = torch.Generator().manual_seed(comm.rank)
-        return comm.all_reduce(torch.randn(1000, generator=generator))
-
-    first, *others = on_every_rank(sums)
-    assert all(torch.equal(first, other) for other in others)
+    ranks(4, interleaved)
 
 
 def test_a_peer_that_is_gone_ends_the_call(tmp_path):

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from mpijob import missing
 
 import syncbn
 
@@ -29,10 +30,19 @@ def blocks(language: str) -> list:
     ]
 
 
+RANKS = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+
+
 @pytest.mark.parametrize("text", blocks("python"))
-def test_python_blocks_run_alone(text, tmp_path):
+def test_python_blocks_run(text, tmp_path):
+    """Each alone, or on two ranks where it joins them."""
+    if "comm.MPI(" in text and missing():
+        pytest.skip(missing())
+    script = tmp_path / "block.py"
+    script.write_text(text)
+    launcher = RANKS if "init_process_group(" in text else ["-W", "error::UserWarning"]
     result = subprocess.run(
-        [sys.executable, "-W", "error::UserWarning", "-c", text],
+        [sys.executable, *launcher, str(script)],
         capture_output=True,
         text=True,
         timeout=120,
@@ -59,6 +69,14 @@ def test_links_between_pages_lead_somewhere():
                 assert (page.parent / target).exists(), f"{page.name}: {target}"
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_links_within_a_page_lead_to_a_heading(page):
+    text = page.read_text()
+    titles = re.findall(r"^#+ (.+)$", BLOCK.sub("", text), re.MULTILINE)
+    anchors = {re.sub(r"[^\w\- ]", "", title).lower().replace(" ", "-") for title in titles}
+    assert set(re.findall(r"\]\(#([^)]+)\)", text)) <= anchors
+
+
 MODULES = [
     module.name
     for module in pkgutil.walk_packages(syncbn.__path__, "syncbn.")
@@ -74,9 +92,8 @@ def test_docstring_examples(name):
 
 
 def test_the_example_script_runs_under_torchrun():
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     result = subprocess.run(
-        [*command, str(ROOT / "examples/train.py")],
+        [sys.executable, *RANKS, str(ROOT / "examples/train.py")],
         capture_output=True,
         text=True,
         timeout=180,

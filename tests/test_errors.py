@@ -172,22 +172,6 @@ def test_what_is_no_process_group(group):
     assert built.num_batches_tracked == 0
 
 
-@pytest.mark.parametrize("shape", [(1, 3), (1, 3, 1), (1, 3, 1, 1), (1, 3, 1, 1, 1)])
-def test_a_single_value_per_channel_gets_torchs_own_error(shape):
-    def text(call):
-        with pytest.raises(ValueError, match="Expected more than 1 value per channel") as caught:
-            call(torch.ones(shape))
-        return str(caught.value)
-
-    torchs = text(nn.SyncBatchNorm(3))
-    layer = syncbn.SyncBatchNorm(3)
-    batch_statistics = syncbn.SyncBatchNorm(3, track_running_stats=False, process_group=Silent())
-    for call in (layer, lambda x: syncbn.sync_batch_norm(x, None, None), batch_statistics.eval()):
-        assert text(call).startswith(torchs)
-    assert layer.num_batches_tracked == 0
-    layer.eval()(torch.ones(shape))
-
-
 class EmptyPeer(Communicator):
     """A group of two ranks whose other one has no samples."""
 

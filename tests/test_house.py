@@ -12,14 +12,14 @@ import syncbn
 SOURCE = Path(syncbn.__file__).parent
 # From the ground up. A room imports from rooms on floors below its own, never from its own floor.
 FLOORS = (
-    {"_version", "checks", "masks", "moments"},
+    {"_version", "checks", "empty", "masks", "moments", "scatter"},
     {"comm", "kernels", "reproducible"},
     {"differentiable", "share"},
-    {"autograd", "local"},
+    {"autograd", "joint", "local", "uneven"},
     {"functional"},
     {"modules"},
     {"lazy", "masking"},
-    {"registry"},
+    {"data_parallel", "registry"},
     {"convert"},
     {"demo"},
     {"cli"},

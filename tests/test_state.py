@@ -1,4 +1,4 @@
-"""What a layer holds survives resets, copies, pickle and state dicts as torch's does."""
+"""What a layer holds survives resets, copies and pickle; parity/ has the state dicts."""
 
 import copy
 import io
@@ -7,7 +7,7 @@ import warnings
 
 import pytest
 import torch
-from layers import PLAIN, Pair, assert_same_training, identical, pair, saved_and_loaded
+from layers import Pair, assert_same_training, identical, pair
 from torch import nn
 
 import syncbn
@@ -79,33 +79,3 @@ def test_pickle_without_a_group_is_silent_and_complete(through):
     loaded = load(stream)
     assert type(loaded) is syncbn.SyncBatchNorm2d
     assert_same_training(loaded, layer, (4, 3, 2, 2))
-
-
-OTHERS = [nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm]
-
-
-@pytest.mark.parametrize("track", [True, False])
-@pytest.mark.parametrize("other", OTHERS)
-@pytest.mark.parametrize("ours", PLAIN)
-def test_state_dicts_interchange_with_torchs(ours, other, track):
-    for source, target in ((ours, other), (other, ours)):
-        saved = source(3, track_running_stats=track)
-        for tensor in saved.state_dict().values():
-            tensor.add_(torch.randint(1, 9, tensor.shape))
-        loaded = target(3, track_running_stats=track)
-        loaded.load_state_dict(saved_and_loaded(saved.state_dict()))
-        identical(dict(loaded.state_dict()), dict(saved.state_dict()))
-        assert list(loaded.state_dict()) == list(saved.state_dict())
-        assert loaded.state_dict()._metadata == saved.state_dict()._metadata
-
-
-@pytest.mark.parametrize("lazy", [False, True])
-def test_version_1_state_dicts_load(lazy):
-    layer = syncbn.LazySyncBatchNorm2d() if lazy else syncbn.SyncBatchNorm2d(3)
-    state = {name: torch.full((3,), 2.0) for name in ("weight", "bias")}
-    state |= {name: torch.full((3,), 3.0) for name in ("running_mean", "running_var")}
-    layer.load_state_dict(state)
-    assert layer.num_batches_tracked == 0
-    identical({name: layer.state_dict()[name] for name in state}, state)
-    layer(torch.randn(4, 3, 2, 2))
-    assert layer.num_batches_tracked == 1

@@ -97,3 +97,12 @@ def _refuse(name: str, tensor: Any, input: Tensor) -> None:
         f"sync_batch_norm: expected {name} on the input's device {input.device}, got "
         f"{tensor.device}; move one of them with .to()"
     )
+
+
+def check_not_reproducible(reproducible: bool) -> None:
+    """Refuse what DataParallel doesn't do."""
+    if reproducible:
+        raise ValueError(
+            "sync_batch_norm: reproducible=True is for ranks; within syncbn.DataParallel leave it "
+            "out, or use DistributedDataParallel with one process per device"
+        )

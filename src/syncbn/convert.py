@@ -13,7 +13,8 @@ from typing import Any, TypeVar
 import torch.nn as nn
 from torch.nn.modules.lazy import LazyModuleMixin
 
-from .comm import resolve
+from .comm import resolve, subgroups
+from .data_parallel import DataParallel
 from .modules import SyncBatchNorm
 from .registry import Origin, is_candidate, stands_for, target_of
 
@@ -24,13 +25,18 @@ def convert(
     module: ModuleT,
     process_group: Any = None,
     *,
+    group_size: int | None = None,
     where: Callable[[str, nn.Module], bool] | None = None,
     reproducible: bool | None = None,
 ) -> ModuleT:
     """Turn every torch BatchNorm1d/2d/3d, its Lazy form and torch.nn.SyncBatchNorm into syncbn's.
 
     In place: each layer stays the same object, only its class changes. Works before or after
-    wrapping in DistributedDataParallel, with optimizers that exist. :func:`revert` undoes it.
+    wrapping in DistributedDataParallel or fully_shard, with optimizers that exist. :func:`revert`
+    undoes it.
+
+    A torch.nn.DataParallel around such layers becomes a :class:`syncbn.DataParallel` on the same
+    devices, because torch's does not synchronise its replicas.
 
     Subclasses that change behaviour are left alone and named in one warning;
     :func:`register_conversion` teaches convert what to do with them.
@@ -38,6 +44,9 @@ def convert(
     Args:
         module: a model, or a single layer.
         process_group: as for :class:`SyncBatchNorm`; None leaves layers that have a group with it.
+        group_size: instead of ``process_group``, normalise over groups of that many consecutive
+            ranks: [0 … k−1], [k … 2k−1] and so on. 1 means local statistics. Every rank must make
+            this call: the first with its k makes the groups, later ones share them.
         where: called with each layer's qualified name and the layer; False leaves it alone.
         reproducible: as for :class:`SyncBatchNorm`; None leaves layers as they are.
 
@@ -46,7 +55,9 @@ def convert(
 
     Raises:
         TypeError: ``module`` is no Module, ``where`` not callable, or a wrong ``process_group``.
-        ValueError: a group that this rank is not in.
+        ValueError: a group that this rank is not in; a ``group_size`` that does not divide the
+            number of ranks, comes with a ``process_group``, or before
+            torch.distributed.init_process_group.
 
     Example:
         >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8))
@@ -54,15 +65,26 @@ def convert(
         >>> type(model[1]).__name__
         'SyncBatchNorm2d'
     """
-    return convert_layers(module, process_group, where, reproducible, stacklevel=3)
+    if group_size is not None and process_group is not None:
+        raise ValueError(
+            f"convert: expected process_group or group_size, got both ({process_group!r} and "
+            f"{group_size}); leave one out"
+        )
+    return convert_layers(
+        *(module, process_group, where),
+        group_size=group_size,
+        reproducible=reproducible,
+        stacklevel=3,
+    )
 
 
 def convert_layers(
     module: ModuleT,
     process_group: Any,
     where: Callable[[str, nn.Module], bool] | None = None,
-    reproducible: bool | None = None,
     *,
+    group_size: int | None = None,
+    reproducible: bool | None = None,
     stacklevel: int,
 ) -> ModuleT:
     """:func:`convert`, with warnings for the caller ``stacklevel`` frames above."""
@@ -72,6 +94,8 @@ def convert_layers(
             "convert: expected where to be a function of a layer's name and the layer, got "
             f"{type(where).__name__}"
         )
+    if group_size is not None:
+        process_group = subgroups(group_size)
     resolve(process_group)
     layers = [
         (name, layer)
@@ -87,10 +111,11 @@ def convert_layers(
                 continue
             origin = Origin(type(layer), target, getattr(layer, "process_group", None))
             _become(layer, target, _origin=origin)
-        if process_group is not None:
+        if process_group is not None or group_size is not None:
             layer.process_group = process_group
         if reproducible is not None:
             layer.reproducible = reproducible
+    _convert_wrappers(module)
     if left_alone:
         warnings.warn(
             "convert: left alone, because they override BatchNorm's behaviour: "
@@ -137,6 +162,7 @@ def revert(module: ModuleT) -> ModuleT:
         if issubclass(source, nn.SyncBatchNorm):
             layer.process_group = origin.process_group
         _become(layer, source)
+    _revert_wrappers(module)
     if left_alone:
         warnings.warn(
             "revert: left alone, because convert did not give them their classes: "
@@ -145,6 +171,20 @@ def revert(module: ModuleT) -> ModuleT:
             stacklevel=2,
         )
     return module
+
+
+def _convert_wrappers(module: nn.Module) -> None:
+    for wrapper in module.modules():
+        if type(wrapper) is nn.DataParallel and any(
+            isinstance(layer, SyncBatchNorm) for layer in wrapper.modules()
+        ):
+            _become(wrapper, DataParallel, _origin=nn.DataParallel)
+
+
+def _revert_wrappers(module: nn.Module) -> None:
+    for wrapper in module.modules():
+        if type(wrapper) is DataParallel and "_origin" in vars(wrapper):
+            _become(wrapper, vars(wrapper).pop("_origin"))
 
 
 def _materialised(cls: Any) -> Any:

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from . import local
 from .autograd import synchronised
-from .checks import check_input, check_options, check_tensors
-from .comm import LOCAL, resolve
+from .checks import check_input, check_not_reproducible, check_options, check_tensors
+from .comm import LOCAL, Replica, refuse_join, resolve
+from .joint import together
 from .masks import blank, check_mask, pack, unpack
 from .share import ReproducibleShare, Share
 
@@ -145,11 +146,14 @@ def _whole(
                 raise
         check_tensors(input, running_mean, running_var, weight, bias)
     if not alone:
+        rest = (running_mean, running_var, num_batches_tracked, weight, bias, momentum, eps)
+        if isinstance(comm, Replica):
+            check_not_reproducible(reproducible)
+            return together(input, *rest, comm)
+        if comm.size > 1 and not torch.compiler.is_compiling():
+            refuse_join()
         share = ReproducibleShare(comm, lengths) if reproducible else Share(comm)
-        return synchronised(
-            *(input, running_mean, running_var, num_batches_tracked, weight, bias),
-            *(momentum, eps, share),
-        )
+        return synchronised(input, *rest, share)
     if momentum is None:
         momentum = 0.0 if num_batches_tracked is None else 1 / (float(num_batches_tracked) + 1)
     y = F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from .checks import check_input, check_options, check_shape
-from .comm import LOCAL, default_group, resolve
+from .comm import LOCAL, Unplaced, default_group, resolve
 from .functional import batch_norm
 
 if TYPE_CHECKING:
@@ -150,6 +150,11 @@ class SyncBatchNorm(_BatchNorm):
                 f"shape {self._shapes}, got shape {tuple(input.shape)}; syncbn.SyncBatchNorm takes "
                 "any number of dimensions from two"
             )
+
+    def _replicate_for_data_parallel(self) -> Self:
+        replica: Self = super()._replicate_for_data_parallel()  # type: ignore[no-untyped-call]
+        replica.process_group = Unplaced()  # until syncbn.DataParallel places it
+        return replica
 
     def __copy__(self) -> Self:
         new = type(self).__new__(type(self))

@@ -21,6 +21,7 @@ _TARGETS: dict[type[nn.Module], type[SyncBatchNorm]] = {
     nn.LazyBatchNorm2d: lazy.LazySyncBatchNorm2d,
     nn.LazyBatchNorm3d: lazy.LazySyncBatchNorm3d,
 }
+_SHARDED: dict[tuple[type, type], type[SyncBatchNorm]] = {}
 # What a subclass may define without behaving differently from its base.
 _HARMLESS = {
     "__annotate__",
@@ -98,7 +99,29 @@ def is_candidate(layer: nn.Module) -> bool:
 def target_of(cls: type) -> type[SyncBatchNorm] | None:
     """What layers of class ``cls`` become; None where that would change their behaviour."""
     source = _differs_by_constructor_only(cls, _TARGETS)
-    return None if source is None else _TARGETS[source]
+    if source is not None:
+        return _TARGETS[source]
+    if not _is_sharded(cls):
+        return None
+    sharding, inner = cls.__bases__
+    target = target_of(inner)
+    return target and _sharded(cls, sharding, target)
+
+
+def _is_sharded(cls: type) -> bool:
+    """Whether fully_shard made ``cls``: FSDPModule in front of the layer's own class."""
+    bases = cls.__bases__
+    return [base.__name__ for base in bases[:-1]] == ["FSDPModule"] and (
+        bases[0].__module__.startswith("torch.distributed.")
+    )
+
+
+def _sharded(cls: type, sharding: type, target: type[SyncBatchNorm]) -> type[SyncBatchNorm]:
+    """``target`` as fully_shard would have made it of a layer, which is now a ``cls``."""
+    if (cls, target) not in _SHARDED:
+        own = {"__deepcopy__": vars(cls)["__deepcopy__"], "__module__": cls.__module__}
+        _SHARDED[cls, target] = type(f"FSDP{target.__name__}", (sharding, target), own)
+    return _SHARDED[cls, target]
 
 
 def stands_for(cls: type) -> Origin | None:

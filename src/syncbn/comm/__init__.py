@@ -5,9 +5,27 @@ from __future__ import annotations
 from typing import Any
 
 from .base import Communicator, Local
-from .process_group import ProcessGroup, default_group, from_torch
+from .mpi import MPI
+from .process_group import ProcessGroup, default_group, from_torch, refuse_join, subgroups
+from .replicas import Crew, Replica, Unplaced, current_replica
+from .threads import Threads, threads
 
-__all__ = ["LOCAL", "Communicator", "Local", "ProcessGroup", "default_group", "resolve"]
+__all__ = [
+    "LOCAL",
+    "MPI",
+    "Communicator",
+    "Crew",
+    "Local",
+    "ProcessGroup",
+    "Replica",
+    "Threads",
+    "Unplaced",
+    "default_group",
+    "refuse_join",
+    "resolve",
+    "subgroups",
+    "threads",
+]
 
 LOCAL = Local()
 
@@ -15,12 +33,13 @@ LOCAL = Local()
 def resolve(process_group: Any) -> Communicator:
     """The communicator that ``process_group`` stands for.
 
-    None is the default group, or this process alone where none is initialised; a Communicator is
+    None is the replicas of a running syncbn.DataParallel, in a forward of one of them; the default
+    group, or this process alone where none is initialised; a Communicator is
     itself; everything else must be a torch.distributed group or a one-dimensional DeviceMesh
     (errors: :func:`syncbn.comm.process_group.from_torch`).
     """
     if process_group is None:
-        return default_group() or LOCAL
+        return current_replica() or default_group() or LOCAL
     if isinstance(process_group, Communicator):
         return process_group
     return from_torch(process_group)

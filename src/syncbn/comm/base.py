@@ -1,20 +1,34 @@
 """Communicator: who takes part, and two collectives. Nothing else.
 
-What an implementer owes, and a caller may rely on:
+What a caller may rely on and an implementer owes; tests/contract.py holds every one of them to it.
 
 - **Blocking.** A collective returns when its result may be used by the next operation on the
-  caller's device stream. On the CPU that means: when the result is there.
+  caller's device stream. On the CPU that means: when the result is there. It may return before
+  the other ranks have theirs; it is no barrier for anything but its own numbers.
 - **Ordering.** Every rank calls the same collectives in the same order, with tensors of the same
-  shape and dtype. An implementation may assume it and need not match calls by name.
-- **Ownership.** The argument is not modified and not kept; the result is a new tensor that belongs
-  to the caller.
-- **Determinism.** Every rank receives the same bits.
-- **Failure.** A peer that is gone ends the call with an exception.
+  shape and dtype. An implementation may assume it and need not match calls by name. One that
+  notices otherwise raises, on every rank. Communicators are independent of each other: ranks may
+  interleave the calls on several, again all in one order.
+- **Ownership.** The argument may have any strides, is not modified, and is not kept: its owner may
+  overwrite it as soon as the call returns, before the other ranks' calls do. The result is a new
+  tensor that belongs to the caller, shared with no other rank.
+- **Determinism.** Every rank receives the same bits. all_gather passes bits on as they are;
+  all_reduce adds in the argument's dtype, in an order that doesn't depend on who comes first.
+- **Failure.** A peer that is gone ends the call with an exception: at once where the engine
+  notices, else after the engine's timeout. It names the operation and what is known of the peers.
+  After it the communicator is of no use; an implementation must not let later calls meet the
+  wrong partners. An engine may end the whole job instead (MPI).
+- **Threads.** Calls on one communicator come one at a time, but not always from the same thread:
+  torch runs backward in the caller's thread on the CPU, in a thread of its own for other devices.
 - **Lifetime.** A communicator is usable as long as the engine under it is. It owns no threads and
-  needs no closing.
+  needs no closing. It is neither copied nor pickled with a layer.
+- **Equality.** Two communicators over the same ranks of the same engine may compare equal; hash
+  accordingly. The default, identity, is right where in doubt.
 
-Tensors are small (O(channels)), of a floating dtype, on the device of the layer's input, and may
-be empty.
+``rank`` and ``size`` are constant, cheap and never communicate: layers ask in every step.
+
+Tensors are small (O(channels)), of any floating dtype, on the device of the layer's input, and may
+be empty. Calls come from inside autograd functions, so collectives need no derivative.
 """
 
 from __future__ import annotations
@@ -39,11 +53,11 @@ class Communicator(ABC):
 
     @abstractmethod
     def all_gather(self, tensor: Tensor) -> Tensor:
-        """Every rank's tensor (*), stacked in the order of ranks: (size, *)."""
+        """Every rank's tensor (*), stacked in the order of ranks: (size, *), of the same dtype."""
 
     @abstractmethod
     def all_reduce(self, tensor: Tensor) -> Tensor:
-        """The sum over ranks of their tensors (*): (*)."""
+        """The sum over ranks of their tensors (*): (*), of the same dtype."""
 
 
 class Local(Communicator):

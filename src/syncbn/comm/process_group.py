@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
+from torch.nn.parallel import DistributedDataParallel
 
-from .base import Communicator
+from .base import Communicator, Local
 
 _REMEDY = (
     "pass None (the default group), a torch.distributed group that this rank belongs to, "
@@ -44,6 +46,13 @@ class ProcessGroup(Communicator):
     def size(self) -> int:
         return self.group.size()
 
+    @property
+    def device(self) -> torch.device:
+        """Where this group takes tensors that belong to no device yet: the CPU if it can."""
+        devices = self.group._device_types
+        cpu = torch.device("cpu")
+        return cpu if cpu in devices else devices[0]
+
     def all_gather(self, tensor: Tensor) -> Tensor:
         if self._direct(tensor):
             copies = tensor.expand(self.size, *tensor.shape).contiguous()
@@ -64,6 +73,47 @@ class ProcessGroup(Communicator):
 
     def _direct(self, tensor: Tensor) -> bool:
         return tensor.device.type == "cpu" and self.size <= self.few
+
+
+def subgroups(size: int) -> Any:
+    """What ``process_group`` stands for groups of ``size`` consecutive ranks, on this rank.
+
+    Those are ranks [0 … size−1], [size … 2size−1] and so on; for all ranks None, for one a
+    :class:`Local`. The first call with a size makes the groups, on every rank alike, as
+    torch.distributed demands; later ones reuse them, as long as the default group lives.
+
+    Raises:
+        TypeError: ``size`` is no integer.
+        ValueError: torch.distributed is not initialised, or ``size`` does not divide the world.
+    """
+    if isinstance(size, bool) or not isinstance(size, int):
+        raise TypeError(f"group_size: expected a number of ranks, got {type(size).__name__}")
+    world = default_group()
+    if world is None:
+        raise ValueError(
+            f"group_size: got {size}, but torch.distributed is not initialised; call "
+            "torch.distributed.init_process_group first"
+        )
+    if size < 1 or world.size % size:
+        divisors = ", ".join(str(k) for k in range(1, world.size + 1) if world.size % k == 0)
+        raise ValueError(
+            f"group_size: expected a divisor of the world size {world.size}, got {size} on rank "
+            f"{world.rank}; pass one of {divisors}, or process_group= for groups of other ranks"
+        )
+    if size in (1, world.size):
+        return None if size == world.size else Local()
+    made = _MADE.setdefault(world.group, {})
+    group = made[size]() if size in made else None
+    if group is None:
+        group, _ = dist.new_subgroups(size)  # type: ignore[no-untyped-call]
+        made[size] = weakref.ref(group)
+    return group
+
+
+# Weak, so that nothing outlives destroy_process_group for this table's sake.
+_MADE: weakref.WeakKeyDictionary[dist.ProcessGroup, dict[int, weakref.ref[dist.ProcessGroup]]] = (
+    weakref.WeakKeyDictionary()
+)
 
 
 def default_group() -> ProcessGroup | None:
@@ -113,3 +163,21 @@ def from_torch(group: Any) -> ProcessGroup:
 
 def _not_a_member(what: str) -> str:
     return f"process_group: rank {dist.get_rank()} is not in {what}; {_REMEDY}"
+
+
+def refuse_join() -> None:
+    """Refuse to communicate in DistributedDataParallel's ``join()``.
+
+    A rank that has joined stands in for DDP's collectives alone: a layer's would meet them, or
+    wait for ever.
+    """
+    ddp = getattr(DistributedDataParallel, "_active_ddp_module", None)
+    config = getattr(ddp, "_join_config", None)
+    if config is not None and config.enable and not config.throw_on_early_termination:
+        raise RuntimeError(
+            "sync_batch_norm: expected no DistributedDataParallel.join() around a synchronised "
+            f"layer, got one on rank {dist.get_rank()}: ranks that have joined take no part in "
+            "the layer's statistics, and the others would wait for them; iterate over "
+            "syncbn.until_all_done(loader) instead, or pass throw_on_early_termination=True to "
+            "join(). DistributedDataParallel stays in join()'s mode afterwards: wrap the model anew"
+        )

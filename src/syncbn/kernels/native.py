@@ -6,6 +6,7 @@ where torch and a C++ compiler are present. They know ranks no more than the oth
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -22,11 +23,17 @@ _DTYPES = frozenset((torch.float32, torch.float64, torch.bfloat16, torch.float16
 _TYPES = (Tensor, Parameter)
 _ops: Any = torch.ops.syncbn  # looks an operator up when it is first used
 _kept: list[torch.library.Library] = []
+_loading = threading.Lock()
+
+
+def unavailable() -> str | None:
+    """Load the library. None if that worked, else why the operators are unavailable."""
+    with _loading:  # threads whose first layers run at once
+        return _load()
 
 
 @cache
-def unavailable() -> str | None:
-    """Load the library. None if that worked, else why the operators are unavailable."""
+def _load() -> str | None:
     if not LIBRARY.exists():
         return f"{LIBRARY.name} was not built with this installation (see README.md, Install)"
     try:

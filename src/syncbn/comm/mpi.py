@@ -1,0 +1,175 @@
+"""Ranks that are processes of an MPI job, by mpi4py. torch.distributed has no part in it."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from .base import Communicator
+
+if TYPE_CHECKING:
+    from typing import NoReturn
+
+    from mpi4py import MPI as Engine
+    from typing_extensions import Self
+
+
+class MPI(Communicator):
+    """The ranks of an MPI communicator, for jobs that ``mpiexec`` starts.
+
+    All ranks of ``comm`` construct it together. It works on a clone of ``comm`` (``Dup``), so that
+    its messages never meet the caller's.
+
+    - **Devices.** Messages travel through CPU memory; tensors elsewhere are copied there and back.
+    - **Waiting** sleeps after 50 µs, where MPI itself would spin: more ranks than cores will do.
+    - **Threads.** One thread at a time may call. Backward runs in the thread that calls it on the
+      CPU, and in a thread of autograd's own on a GPU, which takes a thread level of at least
+      SERIALIZED. mpi4py asks for MULTIPLE unless ``mpi4py.rc.thread_level`` says otherwise.
+    - **Lifetime.** MPI frees the clone when the process ends. To free it earlier, call
+      ``comm.Free()`` of this object's ``comm`` on all ranks; no layer can use it afterwards.
+    - **Failure.** MPI's launcher ends the job when a process dies. An exception is not death: its
+      process waits for the others in MPI_Finalize, and they for it. Start Python with
+      ``-m mpi4py``, and it ends the job too. Errors of MPI itself raise ``mpi4py.MPI.Exception``.
+    - **Copies.** ``copy.deepcopy`` returns the object itself, as it belongs to the process; pickle
+      refuses it.
+
+    Args:
+        comm: an intracommunicator of mpi4py, for example one from ``Split``; None is COMM_WORLD.
+
+    Raises:
+        ImportError: mpi4py is not installed, or finds no MPI library.
+        TypeError: ``comm`` is no intracommunicator.
+        ValueError: ``comm`` is null: ``Split`` left this rank out, or it was freed.
+        RuntimeError: MPI is not initialised or already finalised; in collectives, a call from a
+            thread that MPI's thread level excludes.
+
+    Source: https://mpi4py.readthedocs.io, https://www.mpi-forum.org/docs/
+
+    Example, for ``mpiexec -n 2 python -m mpi4py train.py``::
+
+        layer = syncbn.SyncBatchNorm(3, process_group=syncbn.comm.MPI())
+    """
+
+    few = 8  # up to so many ranks, all_reduce gathers: one round instead of a tree up and down
+
+    def __init__(self, comm: Engine.Intracomm | None = None) -> None:
+        engine = _engine()
+        self.comm = _checked(engine, comm).Dup()
+        self._engine = engine
+        self._types = {torch.float32: engine.FLOAT, torch.float64: engine.DOUBLE}
+        self._main_thread_only = engine.Query_thread() < engine.THREAD_SERIALIZED
+        self._in_flight: tuple[Tensor, ...] = ()
+
+    @property
+    def rank(self) -> int:
+        return self.comm.rank
+
+    @property
+    def size(self) -> int:
+        return self.comm.size
+
+    def all_gather(self, tensor: Tensor) -> Tensor:
+        return self._gathered(_on_cpu(tensor)).to(tensor.device)
+
+    def all_reduce(self, tensor: Tensor) -> Tensor:
+        local = _on_cpu(tensor)
+        if self.size <= self.few or tensor.dtype not in self._types:
+            total = self._gathered(local).sum(0)
+        else:
+            total = self._reduced(local.clone())
+        return total.to(tensor.device)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        return self
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(
+            "MPI: a communicator belongs to its process and cannot be pickled; construct one where "
+            "it is needed"
+        )
+
+    def _gathered(self, local: Tensor) -> Tensor:
+        self._check_thread()
+        byte = self._engine.BYTE  # which has no opinion on bfloat16
+        gathered = local.new_empty(self.size, *local.shape)
+        self._in_flight = (local, gathered)
+        self._wait(
+            self.comm.Iallgather([self._memory(local), byte], [self._memory(gathered), byte])
+        )
+        return gathered
+
+    def _reduced(self, total: Tensor) -> Tensor:
+        """Sum in place. Not by Allreduce, whose sums may differ in their last bits among ranks."""
+        self._check_thread()
+        here = [self._memory(total), self._types[total.dtype]]
+        self._in_flight = (total,)
+        if self.rank == 0:
+            self._wait(self.comm.Ireduce(self._engine.IN_PLACE, here))
+        else:
+            self._wait(self.comm.Ireduce(here, None))
+        self._in_flight = (total,)
+        self._wait(self.comm.Ibcast(here))
+        return total
+
+    def _memory(self, tensor: Tensor) -> Any:
+        return self._engine.buffer.fromaddress(tensor.data_ptr(), tensor.nbytes)
+
+    def _wait(self, request: Engine.Request) -> None:
+        """Until the request is done. Interrupted, its memory stays with us: MPI may yet write."""
+        patience = time.perf_counter() + 50e-6
+        while not request.Test():
+            if time.perf_counter() > patience:
+                time.sleep(20e-6)
+        self._in_flight = ()
+
+    def _check_thread(self) -> None:
+        if self._main_thread_only and not self._engine.Is_thread_main():
+            raise RuntimeError(
+                f"MPI: rank {self.rank} expected a call from the thread that initialised MPI, as "
+                "its thread level is below SERIALIZED, got one from another thread; set "
+                "mpi4py.rc.thread_level = 'multiple' before the first import of mpi4py.MPI"
+            )
+
+
+def _on_cpu(tensor: Tensor) -> Tensor:
+    return tensor.detach().cpu().contiguous()
+
+
+def _engine() -> Any:
+    try:
+        from mpi4py import MPI as engine
+    except ModuleNotFoundError as error:
+        raise ImportError("MPI: needs mpi4py; run pip install 'syncbn[mpi]'") from error
+    except (ImportError, RuntimeError) as error:
+        raise ImportError(
+            f"MPI: mpi4py found no MPI library ({error}); install one, for example with pip "
+            "install mpich, or load your cluster's module"
+        ) from error
+    return engine
+
+
+def _checked(engine: Any, comm: Any) -> Engine.Intracomm:
+    if not engine.Is_initialized() or engine.Is_finalized():
+        state = "was finalised" if engine.Is_initialized() else "is not initialised"
+        raise RuntimeError(
+            f"MPI: expected a running MPI, but it {state}; call mpi4py.MPI.Init() before and "
+            "mpi4py.MPI.Finalize() after all use"
+        )
+    if comm is None:
+        comm = engine.COMM_WORLD
+    if not isinstance(comm, engine.Comm) or isinstance(comm, engine.Intercomm):
+        raise TypeError(
+            f"MPI: expected an intracommunicator of mpi4py or None, got {type(comm).__name__}; "
+            "pass mpi4py.MPI.COMM_WORLD, what its Split() returns, or an intercommunicator's "
+            "Merge()"
+        )
+    if comm == engine.COMM_NULL:
+        raise ValueError(
+            f"MPI: rank {engine.COMM_WORLD.rank} of COMM_WORLD got COMM_NULL, as from a Split() "
+            "that leaves it out, or a communicator that was freed; construct MPI(comm) only on "
+            "the ranks that take part"
+        )
+    return comm  # type: ignore[no-any-return]

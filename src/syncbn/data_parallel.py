@@ -1,0 +1,237 @@
+"""DataParallel: replicas of one module in one process that normalise their batches together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from itertools import chain
+from typing import Any, TypeVar
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+from torch.nn.parameter import is_lazy
+
+from .comm import Crew, Replica, resolve
+from .modules import SyncBatchNorm
+from .scatter import gather, scatter
+
+ModuleT = TypeVar("ModuleT", bound=nn.Module)
+Device = int | str | torch.device
+
+
+class DataParallel(nn.DataParallel[ModuleT]):
+    """Run a module on several devices of one process as if one device held the whole batch.
+
+    Each forward splits the batch over replicas of ``module``, runs them, and concatenates their
+    outputs on the first device. Every syncbn layer normalises over all replicas: outputs, gradients
+    of any order and running statistics are those of one device. Gradients land in the parameters of
+    ``module``, running statistics in its buffers, once per forward. Plain BatchNorm layers are left
+    as they are; :func:`syncbn.convert` them. For speed, and beyond one machine, use
+    torch.nn.parallel.DistributedDataParallel.
+
+    A torch.nn.DataParallel to whoever asks: ``.module``, state dict keys and the semantics of
+    inputs, hooks and module attributes (those set in forward are lost) are the same.
+
+    Args:
+        module: its parameters and buffers on ``devices[0]``.
+        devices: torch devices, their names or CUDA indices, repeated ones among them; None for all
+            CUDA devices, or the CPU where there is none. Replicas on a repeated device run in
+            turns, so that random numbers are reproducible.
+
+    Inputs:
+        Tensors (N, *), split along dimension 0 as evenly as possible, in any nesting of tuples,
+        lists and dicts, positional or by keyword. Everything else, tensors () included, goes to
+        every replica. A batch of fewer than ``len(devices)`` samples uses fewer replicas.
+
+    Outputs:
+        The same nesting that the replicas return; tensors () become a vector, one per replica;
+        other values must be equal.
+
+    Raises:
+        TypeError, ValueError: no module, no devices; outputs that differ in structure.
+        RuntimeError: parameters elsewhere or uninitialised; a layer that has a group of several
+            ranks; replicas that do not run the same synchronised layers in the same order. What a
+            replica raises is raised with its type and traceback, naming the replica.
+
+    Source: https://docs.pytorch.org/docs/stable/generated/torch.nn.DataParallel.html;
+    https://github.com/vacancy/Synchronized-BatchNorm-PyTorch
+
+    Example:
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 3), syncbn.SyncBatchNorm1d(3))
+        >>> model = syncbn.DataParallel(model, devices=["cpu", "cpu"])
+        >>> y = model(torch.randn(5, 4))
+        >>> bool(y.mean(0).abs().max() < 1e-6)
+        True
+    """
+
+    def __init__(self, module: ModuleT, devices: Sequence[Device] | None = None) -> None:
+        nn.Module.__init__(self)
+        if not isinstance(module, nn.Module):
+            raise TypeError(
+                f"DataParallel: expected a torch.nn.Module, got {type(module).__name__}"
+            )
+        if devices is None:
+            devices = list(range(torch.cuda.device_count())) or ["cpu"]
+        if isinstance(devices, (str, int, torch.device)) or not len(devices):
+            raise ValueError(
+                f"DataParallel: expected a list of one device or more, got {devices!r}; "
+                "for example ['cuda:0', 'cuda:1'], or None for all CUDA devices"
+            )
+        self.module = module
+        self.dim = 0
+        places: list[Any] = [_device(device) for device in devices]  # torch's class has indices
+        self.device_ids = places
+        self.output_device = self.src_device_obj = places[0]
+        if len(devices) == 1:
+            module.to(self.src_device_obj)
+
+    @property
+    def devices(self) -> list[torch.device]:
+        """Where the replicas run; empty for a converted torch.nn.DataParallel without devices."""
+        return [self._device_of(device) for device in self.device_ids]
+
+    def forward(self, *inputs: Any, **kwargs: Any) -> Any:
+        devices = self.devices
+        if not devices:
+            return self.module(*inputs, **kwargs)
+        _check(self.module, devices[0])
+        # without any input there is nothing to do on more than one device
+        used = devices if inputs or kwargs else devices[:1]
+        shares = scatter((inputs, kwargs), used, self.dim)
+        if len(shares) == 1:
+            args, keywords = shares[0]
+            outputs = [self.module(*args, **keywords)]
+        else:
+            outputs = _run(self.module, devices[: len(shares)], shares)
+        if len(devices) == 1:
+            return outputs[0]
+        return gather(outputs, self._device_of(self.output_device), self.dim)
+
+    def extra_repr(self) -> str:
+        return f"devices={[str(device) for device in self.devices]}"
+
+    def _device_of(self, device: Any) -> torch.device:
+        # torch.nn.DataParallel, which may have been converted into this, keeps indices.
+        return torch.device(self.src_device_obj.type, device) if isinstance(device, int) else device
+
+
+def _device(device: Device) -> torch.device:
+    """With an index where the device has any, as tensors on it say."""
+    found = torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
+    if found.type == "cpu":
+        return torch.device("cpu")
+    if found.index is None:
+        return torch.device(found.type, torch.accelerator.current_device_index())
+    return found
+
+
+def _check(module: nn.Module, device: torch.device) -> None:
+    for tensor in chain(module.parameters(), module.buffers()):
+        if is_lazy(tensor):
+            raise RuntimeError(
+                "DataParallel: expected initialised parameters, got a lazy module that has not "
+                "seen its first input; run a batch through .module first"
+            )
+        if tensor.device != device:
+            raise RuntimeError(
+                "DataParallel: module must have its parameters and buffers on device "
+                f"{device} (devices[0]) but found one of them on device: {tensor.device}; "
+                f"move it with module.to({str(device)!r})"
+            )
+    for name, layer in module.named_modules():
+        if type(layer).__name__ == "OptimizedModule":  # a copy would write into its original
+            raise RuntimeError(
+                f"DataParallel: expected modules that can be copied, got {name or 'the module'} "
+                "wrapped by torch.compile(); give DataParallel the module itself"
+            )
+        if isinstance(layer, SyncBatchNorm) and layer.training:
+            ranks = resolve(layer.process_group).size
+            if ranks > 1:
+                raise RuntimeError(
+                    f"DataParallel: expected layers without a group, whose replicas in this "
+                    f"process are to be synchronised, got {name or 'a layer'} with a group of "
+                    f"{ranks} ranks; use DistributedDataParallel with one process per device"
+                )
+
+
+def _run(
+    module: ModuleT, devices: Sequence[torch.device], shares: Sequence[tuple[Any, Any]]
+) -> list[Any]:
+    """The outputs of replicas of ``module`` on ``devices``, given one's share each."""
+    names = [f"replica {rank} on device {device}" for rank, device in enumerate(devices)]
+    crew = Crew(names, in_turns=len(set(devices)) < len(devices))
+    replicas = _replicate(module, devices)
+    for rank, replica in enumerate(replicas):
+        for name, layer in replica.named_modules():
+            vars(layer).pop("_compiled_call_impl", None)  # it would run the original
+            if isinstance(layer, SyncBatchNorm):
+                layer.process_group = Replica(crew, rank, f"layer {name!r}" if name else "module")
+    places = [_place(device) for device in devices]
+
+    def forward(rank: int) -> Callable[[], Any]:
+        def run() -> Any:
+            with places[rank]():
+                args, keywords = shares[rank]
+                return replicas[rank](*args, **keywords)
+
+        return run
+
+    return crew.run([forward(rank) for rank in range(len(devices))])
+
+
+def _place(device: torch.device) -> Callable[[], ExitStack]:
+    """How another thread enters ``device`` and the modes that this thread is in."""
+    grad, inference = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+    casts = [
+        (kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind))
+        for kind in {"cpu", device.type}
+    ]
+    cache = torch.is_autocast_cache_enabled()
+    backend = None if device.type in ("cpu", "mps") else torch.get_device_module(device)
+    stream = backend.current_stream(device) if backend else None
+
+    def enter() -> ExitStack:
+        stack = ExitStack()
+        if backend:
+            stack.enter_context(backend.device(device))
+            stack.enter_context(backend.stream(stream))
+        stack.enter_context(torch.inference_mode(inference))
+        stack.enter_context(torch.set_grad_enabled(grad))
+        for kind, dtype, enabled in casts:
+            stack.enter_context(torch.autocast(kind, dtype, enabled, cache_enabled=cache))
+        return stack
+
+    return enter
+
+
+def _replicate(module: ModuleT, devices: Sequence[torch.device]) -> list[ModuleT]:
+    """Shallow copies of ``module``, one per device, on whose tensors autograd leads back to it.
+
+    The first one has its very buffers, the others copies of them.
+    """
+    if len(set(devices)) == len(devices) and "cpu" not in {device.type for device in devices}:
+        return nn.parallel.replicate(module, devices, detach=not torch.is_grad_enabled())
+    return [_replica(module, device, first=rank == 0) for rank, device in enumerate(devices)]
+
+
+def _replica(module: ModuleT, device: torch.device, first: bool) -> ModuleT:
+    copies: dict[nn.Module, Any] = {
+        original: original._replicate_for_data_parallel()  # type: ignore[no-untyped-call]
+        for original in module.modules()
+    }
+    moved: dict[int, Tensor] = {}  # tensors that modules share stay shared
+    for original, replica in copies.items():
+        for name, child in original._modules.items():
+            replica._modules[name] = None if child is None else copies[child]
+        for name, parameter in original._parameters.items():
+            if parameter is None:
+                replica._parameters[name] = None
+            else:  # not into _parameters: some modules (RNN) must notice
+                setattr(replica, name, moved.setdefault(id(parameter), parameter.to(device)))
+        for name, buffer in original._buffers.items():
+            if buffer is not None:
+                copy = buffer.to(device, copy=not first)
+                setattr(replica, name, moved.setdefault(id(buffer), copy))
+    found: ModuleT = copies[module]
+    return found

@@ -1,0 +1,184 @@
+"""syncbn.comm.MPI: ranks that mpiexec starts, without torch.distributed."""
+
+from __future__ import annotations
+
+import copy
+import os
+import pickle
+import time
+
+import oracle
+import pytest
+import torch
+import torch.distributed as dist
+from cases import Case, check, step
+from contract import CHECKS, check_interleaved
+from test_ddp import assert_same_state, batches, network
+
+import syncbn
+from syncbn.comm import MPI
+
+
+class Tree(MPI):
+    """What more ranks than few use: a reduction and a broadcast."""
+
+    few = 0
+
+
+def check_contract(rank, kind):
+    comm = kind()
+    for promise in CHECKS:
+        promise(comm)
+    assert not dist.is_initialized()
+    return comm.rank
+
+
+@pytest.mark.parametrize(
+    ("size", "kind"), [(1, MPI), (2, MPI), (3, MPI), (3, Tree)], ids=["1", "2", "3", "many ranks"]
+)
+def test_contract(mpi_ranks, size, kind):
+    assert mpi_ranks(size, check_contract, kind) == list(range(size))
+
+
+def test_communicators_interleave(mpi_ranks):
+    """Clones of one communicator, and of its parts; a rank that is left out is told."""
+
+    def interleaved(rank):
+        from mpi4py import MPI as engine
+
+        world = engine.COMM_WORLD
+        check_interleaved(MPI(), MPI(world))
+        pair = MPI(world.Split(rank // 2, -rank))
+        assert (pair.rank, pair.size) == (1 - rank % 2, 2)
+        check_interleaved(pair, MPI())
+        part = world.Split(0 if rank else engine.UNDEFINED)
+        if rank:
+            check_interleaved(MPI(part), MPI(engine.COMM_SELF))
+        else:
+            with pytest.raises(ValueError, match="rank 0 of COMM_WORLD got COMM_NULL"):
+                MPI(part)
+
+    mpi_ranks(4, interleaved)
+
+
+def test_messages_never_meet_the_callers(mpi_ranks):
+    """The caller's own messages are under way on the same communicator, of the same sizes."""
+
+    def crowded(rank):
+        from mpi4py import MPI as engine
+
+        world, comm = engine.COMM_WORLD, MPI()
+        own, received = bytes([100 + rank] * 8), bytearray(16)
+        request = world.Iallgather(own, received)
+        letter = world.irecv(source=1 - rank)
+        gathered = comm.all_gather(torch.tensor([float(rank)], dtype=torch.float64))
+        world.send("hello", dest=1 - rank)
+        request.Wait()
+        assert letter.wait() == "hello"
+        return gathered.flatten().tolist(), received
+
+    assert mpi_ranks(2, crowded) == [([0.0, 1.0], bytes([100] * 8 + [101] * 8))] * 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("split", [(5, 2), (1, 0, 6)], ids=str)
+def test_a_step_equals_the_oracle(mpi_ranks, split, dtype):
+    case = Case(split=split, dtype=dtype, param_dtype=dtype, offset=3.0)
+    check(case, mpi_ranks(len(split), lambda rank: step(rank, case, MPI())), factor=4)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_tensors_of_a_gpu_pass_through_the_cpu(mpi_ranks):
+    """Backward too, which runs in a thread of autograd's own there."""
+    case = Case(split=(3, 2))
+    x, dy, *_ = case.batch()
+
+    def on_gpu(rank):
+        mine = slice(0, 3) if rank == 0 else slice(3, 5)
+        layer = syncbn.SyncBatchNorm(case.channels, process_group=MPI(), device="cuda")
+        input = x[mine].cuda().requires_grad_()
+        layer(input).backward(dy[mine].cuda())
+        return input.grad.cpu()
+
+    expected = oracle.batch_norm(x, dy)
+    oracle.assert_close(torch.cat(mpi_ranks(2, on_gpu)), expected.dx, factor=4)
+
+
+def train(model, data, whole, total):
+    """Twenty steps of ``whole`` samples each; ``total`` sums gradients over ranks."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    for x, target in data:
+        optimizer.zero_grad()
+        loss = torch.nn.functional.cross_entropy(model(x), target, reduction="sum") / whole
+        loss.backward()
+        for parameter in model.parameters():
+            parameter.grad.copy_(total(parameter.grad))
+        optimizer.step()
+
+
+@pytest.mark.parametrize("split", [(5, 2), (1, 0, 6)], ids=str)
+def test_training_equals_one_process(mpi_ranks, split):
+    """Uneven and empty shares in float64, gradients summed by MPI too, running statistics."""
+    data = batches(sum(split))
+
+    def training(rank):
+        comm = MPI()
+        model = syncbn.convert(network(), comm)
+        mine = slice(sum(split[:rank]), sum(split[: rank + 1]))
+        train(model, [(x[mine], y[mine]) for x, y in data], sum(split), comm.all_reduce)
+        return model.state_dict()
+
+    alone = network()
+    train(alone, data, sum(split), lambda gradient: gradient)
+    assert_same_state(mpi_ranks(len(split), training), alone.state_dict())
+
+
+def test_more_ranks_than_cores(mpi_ranks):
+    cores = os.cpu_count() or 1
+    size = max(4, min(2 * cores, 8))
+    case = Case(split=(1,) * size)
+    check(case, mpi_ranks(size, lambda rank: step(rank, case, MPI())), factor=4)
+
+
+def test_waiting_leaves_the_core_to_others(mpi_ranks):
+    def late(rank):
+        comm = MPI()
+        comm.all_reduce(torch.ones(3))
+        time.sleep(rank)
+        used, began = time.process_time(), time.perf_counter()
+        comm.all_reduce(torch.ones(3))
+        return time.process_time() - used, time.perf_counter() - began
+
+    used, waited = mpi_ranks(2, late)[0]
+    assert waited > 0.5
+    assert used < 0.5 * waited
+
+
+def test_copies_keep_the_communicator_and_pickles_leave_it_out(mpi_ranks):
+    def copies(rank):
+        comm = MPI()
+        layer = syncbn.SyncBatchNorm(3, process_group=comm)
+        assert copy.deepcopy(layer).process_group is comm
+        assert copy.deepcopy({"of": comm})["of"] is comm
+        with pytest.raises(TypeError, match=r"MPI: .* cannot be pickled; construct one"):
+            pickle.dumps(comm)
+        with pytest.warns(UserWarning, match="without its process group"):
+            assert pickle.loads(pickle.dumps(layer)).process_group is None
+        return repr(layer)
+
+    assert all("group_size=2" in text for text in mpi_ranks(2, copies))
+
+
+def test_what_cannot_be_is_refused(mpi_ranks):
+    def refused(rank):
+        from mpi4py import MPI as engine
+
+        for wrong in ("world", 0, engine.INFO_NULL):
+            with pytest.raises(TypeError, match="expected an intracommunicator of mpi4py or None"):
+                MPI(wrong)
+        comm = MPI()
+        comm.comm.Free()
+        with pytest.raises(engine.Exception, match=r"(?i)communicator"):
+            comm.all_gather(torch.ones(3))
+
+    mpi_ranks(2, refused)

@@ -1,0 +1,247 @@
+"""Loaders of different lengths: nothing hangs, nothing is dropped, training equals one process."""
+
+from __future__ import annotations
+
+import collections
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.functional import cross_entropy
+from torch.nn.parallel import DistributedDataParallel
+
+import syncbn
+
+STEPS = 6
+Labelled = collections.namedtuple("Labelled", "image label")
+
+
+def network() -> nn.Module:
+    torch.manual_seed(3)
+    return nn.Sequential(
+        nn.Conv2d(2, 6, 3, padding=1, bias=False),
+        nn.BatchNorm2d(6),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Conv2d(6, 8, 3, groups=2),
+        nn.BatchNorm2d(8, momentum=None),
+        nn.Upsample(scale_factor=2, mode="bilinear"),
+        nn.AvgPool2d(2),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(8, 5),
+        nn.BatchNorm1d(5),
+        nn.Linear(5, 3),
+    ).double()
+
+
+def loaders(lengths: tuple[int, ...]) -> list[list[tuple[torch.Tensor, torch.Tensor]]]:
+    """One loader per rank, with batches of different sizes."""
+    generator = torch.Generator().manual_seed(0)
+    return [
+        [
+            (
+                torch.randn(2 + (rank + step) % 3, 2, 8, 8, generator=generator).double() + step,
+                torch.randint(3, (2 + (rank + step) % 3,), generator=generator),
+            )
+            for step in range(length)
+        ]
+        for rank, length in enumerate(lengths)
+    ]
+
+
+def alone(data: list[list[tuple[torch.Tensor, torch.Tensor]]]) -> dict[str, torch.Tensor]:
+    """One process, in each step on the union of all ranks' batches."""
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    for step in range(max(map(len, data))):
+        present = [loader[step] for loader in data if step < len(loader)]
+        x, target = (torch.cat(parts) for parts in zip(*present, strict=True))
+        optimizer.zero_grad()
+        cross_entropy(model(x), target).backward()
+        optimizer.step()
+    return model.state_dict()
+
+
+@pytest.mark.parametrize(
+    "lengths", [(STEPS, STEPS), (STEPS, 2), (2, STEPS), (0, STEPS), (0, STEPS, 1), (3, 0, STEPS, 0)]
+)
+@pytest.mark.parametrize("watched", [True, False])
+def test_training_equals_one_process_on_the_union(ranks, lengths, watched):
+    def run(rank):
+        model = DistributedDataParallel(syncbn.convert(network()))
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+        steps = syncbn.until_all_done(loaders(lengths)[rank], model=model if watched else None)
+        sizes = []
+        for x, target in steps:
+            optimizer.zero_grad()
+            loss = cross_entropy(model(x), target, reduction="sum") * steps.scale
+            loss.backward()
+            optimizer.step()
+            sizes.append(len(x))
+        assert "forward" not in vars(model)
+        return sizes, model.module.state_dict()
+
+    data = loaders(lengths)
+    expected = alone(data)
+    for rank, (sizes, state) in enumerate(ranks(len(lengths), run)):
+        own = [len(x) for x, _ in data[rank]]
+        assert sizes == own + [0] * (max(lengths) - lengths[rank])
+        for name, value in expected.items():
+            torch.testing.assert_close(state[name], value, rtol=1e-9, atol=1e-11, msg=name)
+
+
+def test_epochs_one_after_another(ranks):
+    def run(rank):
+        steps = syncbn.until_all_done([torch.ones(2, 3)] * (1 + rank))
+        return [[(len(x), steps.samples, steps.scale) for x in steps] for _ in range(3)]
+
+    first, second = ranks(2, run)
+    assert first == [[(2, 4, 0.5), (0, 2, 1.0)]] * 3
+    assert second == [[(2, 4, 0.5), (2, 2, 1.0)]] * 3
+
+
+@pytest.mark.parametrize("lengths", [(0, 1), (1, 0), (2, 1)])
+def test_the_structure_of_an_empty_batch(ranks, lengths):
+    def batch():
+        image = torch.ones(4, 3, 5, dtype=torch.bfloat16)
+        nested = {"mask": torch.ones(4, dtype=torch.bool), "more": [torch.ones(4, 2).double()]}
+        return Labelled(image, (nested, ["a.png"] * 4, None, 0.5, torch.tensor(7)))
+
+    def run(rank):
+        return list(syncbn.until_all_done([batch()] * lengths[rank]))
+
+    for rank, batches in enumerate(ranks(2, run)):
+        for empty in batches[lengths[rank] :]:
+            image, (nested, names, nothing, number, scalar) = empty
+            assert type(empty).__name__ == "Labelled"
+            assert (image.shape, image.dtype) == ((0, 3, 5), torch.bfloat16)
+            assert (nested["mask"].shape, nested["mask"].dtype) == ((0,), torch.bool)
+            assert (nested["more"][0].shape, nested["more"][0].dtype) == ((0, 2), torch.float64)
+            assert (names, nothing, number, scalar.item()) == ([], None, 0.5, 7)
+
+
+def test_batches_of_another_kind(ranks):
+    """Detection: a list of images of different sizes and a list of targets."""
+
+    def run(rank):
+        batch = ([torch.ones(3, 4, 5), torch.ones(3, 6, 2)], ["cat", "dog"])
+        steps = syncbn.until_all_done(
+            [batch] * rank, empty=lambda batch: ([], []), count=lambda batch: len(batch[0])
+        )
+        return [(len(images), steps.samples) for images, _ in steps]
+
+    assert ranks(3, run) == [[(0, 4), (0, 2)], [(2, 4), (0, 2)], [(2, 4), (2, 2)]]
+
+
+def test_no_batch_anywhere_and_groups_of_their_own(ranks):
+    def run(rank):
+        nothing = list(syncbn.until_all_done([]))
+        group = syncbn.comm.subgroups(2)
+        return nothing, len(list(syncbn.until_all_done([torch.ones(1, 2)] * rank, group)))
+
+    assert ranks(4, run) == [([], 1), ([], 1), ([], 3), ([], 3)]
+
+
+@pytest.mark.parametrize("when", ["at once", "later", "not a batch"])
+def test_an_error_in_one_loader_ends_all(ranks, when):
+    def loader(rank):
+        yield from [torch.ones(1, 2)] * (0 if when == "at once" else 2)
+        if rank == 1:
+            if when == "not a batch":
+                yield torch.ones(2, 2), torch.ones(3, 2)
+            raise OSError("no such file")
+        yield from [torch.ones(1, 2)] * 5
+
+    def run(rank):
+        try:
+            list(syncbn.until_all_done(loader(rank)))
+        except Exception as error:
+            return type(error).__name__, str(error)
+
+    first, second, third = ranks(3, run)
+    step = 0 if when == "at once" else 2
+    for rank, (kind, text) in ((0, first), (2, third)):
+        assert kind == "RuntimeError"
+        assert f"the loader of rank 1 raised an error in step {step}, so that rank {rank}" in text
+    if when == "not a batch":
+        assert second[0] == "ValueError"
+        assert "with the same N everywhere, got tensors of [2, 3] samples; pass empty=" in second[1]
+    else:
+        assert second == ("OSError", "no such file")
+
+
+class Viewed(nn.Module):
+    def forward(self, x):
+        return x.view(len(x), -1)
+
+
+class Wrapper(nn.Module):
+    def __init__(self, module):
+        super().__init__()
+        self.module = module
+
+    def forward(self, x):
+        return self.module(x)
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [nn.InstanceNorm2d(8, affine=True), nn.PixelShuffle(2), Viewed()],
+    ids=["forward", "backward", "own"],
+)
+@pytest.mark.parametrize("watch", ["inner", "outer"])
+def test_a_layer_that_cannot_take_an_empty_batch_is_named(layer, watch):
+    inner = nn.Sequential(nn.Conv2d(2, 8, 3), nn.Sequential(nn.ReLU(), layer))
+    outer = Wrapper(inner)
+    watched = inner if watch == "inner" else outer
+    batches = [torch.randn(2, 2, 5, 5), torch.randn(0, 2, 5, 5)]
+    steps = iter(syncbn.until_all_done(batches, model=watched))
+    outer(next(steps)).sum().backward()
+    x = next(steps)
+    name = "1.1" if watch == "inner" else "module.1.1"
+    words = rf"done: {name} \(\S+\.{type(layer).__name__}\) cannot take a batch without samples"
+    with pytest.raises(RuntimeError, match=words) as caught:
+        outer(x)
+    assert "got input of shape (0, 8, 3, 3), and " in str(caught.value)
+    assert "Let it return a result for no samples" in str(caught.value)
+    assert "forward" in vars(watched)
+    steps.close()
+    assert "forward" not in vars(watched)
+
+
+def test_other_errors_and_copies_of_a_watched_model():
+    model = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2))
+    steps = iter(syncbn.until_all_done([torch.ones(0, 3)], model=model))
+    x = next(steps)
+    assert model(x).shape == (0, 2)
+    with pytest.raises(RuntimeError, match="mat1 and mat2 shapes"):
+        model(torch.ones(2, 4))
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(twin.eval()(torch.ones(1, 3)), model.eval()(torch.ones(1, 3)))
+        twin[0].weight.data.zero_()
+        assert not torch.equal(twin(torch.ones(1, 3)), model(torch.ones(1, 3)))
+    steps.close()
+    assert "forward" not in vars(model)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "words"),
+    [
+        ({"loader": 3}, TypeError, "expected an iterable of batches, got int"),
+        ({"loader": [], "model": 3}, TypeError, "expected model to be a torch.nn.Module, got int"),
+        ({"loader": [], "empty": len}, ValueError, "both or neither, got only empty"),
+        ({"loader": [], "process_group": 3}, TypeError, "process_group: got int; pass None"),
+    ],
+)
+def test_wrong_arguments(arguments, error, words):
+    with pytest.raises(error, match=words):
+        syncbn.until_all_done(**arguments)
+
+
+@pytest.mark.parametrize("batch", [object(), torch.tensor(1.0), [], {"a": "b"}])
+def test_batches_that_cannot_be_counted(batch):
+    with pytest.raises((TypeError, ValueError), match=r"until_all_done: expected .* pass empty="):
+        list(syncbn.until_all_done([batch]))
