@@ -169,6 +169,28 @@ def test_two_models_with_different_groups_in_one_process(ranks):
         assert_same_state(pair, alone(share(half, 6, batches(12))))
 
 
+@pytest.mark.parametrize("broadcast_buffers", [True, False])
+def test_buffers_of_groups_that_normalise_apart(ranks, broadcast_buffers):
+    """DDP's broadcast gives all groups rank 0's running statistics; without it, their own."""
+
+    def run(rank):
+        model = syncbn.convert(network(), group_size=2)
+        model = DistributedDataParallel(model, broadcast_buffers=broadcast_buffers)
+        for x, _ in share(rank, 3, batches(12))[:2]:
+            model(x).sum().backward()
+        return model.module[1].running_mean
+
+    expected = []
+    for half in (0, 1):
+        model = network()
+        for x, _ in share(half, 6, batches(12))[:2]:
+            model(x)
+        expected.append(model[1].running_mean)
+    found = ranks(4, run)
+    torch.testing.assert_close(found[:2], [expected[0]] * 2)
+    assert torch.allclose(found[2], expected[1]) is not broadcast_buffers
+
+
 def forwards(model, x, times):
     for _ in range(times):
         model(x).sum().backward()

@@ -67,6 +67,7 @@ def sync_batch_norm(
         ValueError: fewer than two dimensions, no channels, sizes or devices that don't match,
             ``momentum`` or ``eps`` out of range, a group without this rank; on every rank alike, a
             single value per channel over all ranks.
+        RuntimeError: training inside DistributedDataParallel's ``join()``.
 
     Source: Ioffe & Szegedy 2015, https://arxiv.org/abs/1502.03167;
     https://docs.pytorch.org/docs/stable/generated/torch.nn.SyncBatchNorm.html

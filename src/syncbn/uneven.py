@@ -140,18 +140,26 @@ class Steps(Generic[BatchT]):
 
     def _agree_on_template(self, comm: Communicator, have: list[float]) -> None:
         """Send the template of the first rank that has one to all ranks."""
-        stream = io.BytesIO()
-        if comm.rank == have.index(1):
-            torch.save(self._template[0], stream)
-        sent = torch.frombuffer(bytearray(stream.getvalue() or b"\0"), dtype=torch.uint8)
-        length = max(int(row[0]) for row in _share(comm, (stream.tell(),)))
+        source, stream = have.index(1), io.BytesIO()
+        error: Exception | None = None
+        if comm.rank == source:
+            try:
+                torch.save(self._template[0], stream)
+            except Exception as caught:  # the others wait: they are told first
+                error = caught
+        content = b"" if error else stream.getvalue()
+        length = int(_share(comm, (len(content),))[source][0])
+        if not length:
+            raise error or RuntimeError(
+                f"until_all_done: rank {source} could not pickle a batch without samples, which "
+                "ranks without any batch need; the cause is in its traceback"
+            )
         padded = torch.zeros(length, dtype=torch.float64)
-        padded[: stream.tell()] = sent[: stream.tell()]
-        received = comm.all_reduce(padded.to(_device(comm))).byte().cpu()
+        padded[: len(content)] = torch.tensor(list(content), dtype=torch.float64)
+        received = comm.all_reduce(padded.to(_device(comm))).byte().tolist()
         if not self._template:
-            stream = io.BytesIO(bytes(received.tolist()))
-            loaded = torch.load(stream, weights_only=False, map_location=_here)
-            self._template.append(loaded)
+            stream = io.BytesIO(bytes(received))
+            self._template.append(torch.load(stream, weights_only=False, map_location=_here))
 
 
 def _here(storage: Any, location: str) -> Any:
