@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 
 import hypothesis
@@ -8,7 +9,7 @@ import torch
 from mpijob import Job, missing
 from ranks import Worlds
 
-pytest.register_assert_rewrite("cases", "contract", "layers", "oracle")
+pytest.register_assert_rewrite("cases", "contract", "layers", "oracle", "replicas")
 torch.set_num_threads(1)  # of this process; other runs on the machine make more threads slow
 
 common = {"deadline": None, "print_blob": True}
@@ -38,3 +39,17 @@ def mpi_ranks() -> Iterator[Worlds]:
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def no_hang() -> Iterator[None]:
+    """For what waits in this process: an error after two minutes."""
+
+    def fail(*_: object) -> None:
+        raise TimeoutError("no end after two minutes")
+
+    before = signal.signal(signal.SIGALRM, fail)
+    signal.alarm(120)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)

@@ -4,52 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import signal
 import threading
-from collections.abc import Callable
 
 import oracle
 import pytest
 import torch
 from cases import Case, laid_out, layouts, strides
 from layers import saved_and_loaded
+from replicas import CPUS, TOLERANCE, assert_same_state, assert_same_step, images, nested, twins
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import syncbn
 
-CPUS = ["cpu"] * 3
-TOLERANCE = {"rtol": 1e-9, "atol": 1e-11}
-
-
-@pytest.fixture(autouse=True)
-def _no_hang():
-    def fail(*_: object) -> None:
-        raise TimeoutError("a test of DataParallel hangs")
-
-    before = signal.signal(signal.SIGALRM, fail)
-    signal.alarm(120)
-    yield
-    signal.alarm(0)
-    signal.signal(signal.SIGALRM, before)
-
-
-def images(samples: int, seed: int = 0) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(samples, 2, 6, 5, generator=generator, dtype=torch.float64) * 2 + 3
-
-
-def nested() -> nn.Module:
-    block = nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), nn.ReLU(inplace=True))
-    return nn.Sequential(
-        nn.Conv2d(2, 4, 3),
-        nn.BatchNorm2d(4),
-        nn.ReLU(inplace=True),
-        nn.Sequential(block, nn.Sequential(nn.BatchNorm2d(4, affine=False, momentum=None))),
-        nn.Flatten(),
-        nn.Linear(48, 3),
-        nn.BatchNorm1d(3, track_running_stats=False),
-    )
+pytestmark = pytest.mark.usefixtures("no_hang")
 
 
 class UsedTwice(nn.Module):
@@ -96,35 +64,6 @@ def parametrised() -> nn.Module:
 
 
 NETWORKS = [nested, UsedTwice, Hidden, Recurrent, spectral, parametrised]
-
-
-def twins(make: Callable[[], nn.Module], devices=CPUS) -> tuple[nn.Module, nn.Module]:
-    """A module in DataParallel, and the same in torch's layers alone."""
-    torch.manual_seed(5)
-    alone = make().double()
-    return syncbn.DataParallel(syncbn.convert(copy.deepcopy(alone)), devices), alone
-
-
-def assert_same_state(parallel: nn.Module, alone: nn.Module) -> None:
-    ours, theirs = parallel.module.state_dict(), alone.state_dict()
-    assert ours.keys() == theirs.keys()
-    for name, value in theirs.items():
-        torch.testing.assert_close(ours[name], value, **TOLERANCE, msg=name)
-    pairs = zip(parallel.module.parameters(), alone.parameters(), strict=True)
-    for mine, its in pairs:
-        assert (mine.grad is None) == (its.grad is None)
-        if its.grad is not None:
-            torch.testing.assert_close(mine.grad, its.grad, **TOLERANCE)
-
-
-def assert_same_step(parallel: nn.Module, alone: nn.Module, x: torch.Tensor) -> None:
-    xs = [x.clone().requires_grad_() for _ in range(2)]
-    ys = [model(x) for model, x in zip((parallel, alone), xs, strict=True)]
-    torch.testing.assert_close(*ys, **TOLERANCE)
-    for y in ys:
-        y.backward(torch.linspace(-1, 2, y.numel(), dtype=y.dtype).view(y.shape).sin())
-    torch.testing.assert_close(xs[0].grad, xs[1].grad, **TOLERANCE)
-    assert_same_state(parallel, alone)
 
 
 @pytest.mark.parametrize("samples", [2, 3, 4, 7])
@@ -367,6 +306,14 @@ def test_an_unconverted_layer_takes_the_first_replicas_statistics():
     x = images(6)
     syncbn.DataParallel(layer, CPUS)(x)
     torch.testing.assert_close(layer.running_mean, x[:2].mean((0, 2, 3)))
+    assert layer.num_batches_tracked == 1
+
+
+def test_replicas_of_compiled_modules_are_replicas():
+    """What a module's compile() leaves behind would call the original."""
+    layer = nn.BatchNorm2d(2).double()
+    layer.compile(backend="eager")
+    syncbn.DataParallel(layer, CPUS)(images(6))
     assert layer.num_batches_tracked == 1
 
 

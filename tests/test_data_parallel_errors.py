@@ -9,12 +9,14 @@ import time
 import pytest
 import torch
 from layers import Pair
-from test_data_parallel import CPUS, _no_hang, images, nested, twins  # noqa: F401
+from replicas import CPUS, images, nested
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import syncbn
 from syncbn.comm import LOCAL, Crew
+
+pytestmark = pytest.mark.usefixtures("no_hang")
 
 
 class Custom(Exception):

@@ -33,10 +33,10 @@ LOCAL = Local()
 def resolve(process_group: Any) -> Communicator:
     """The communicator that ``process_group`` stands for.
 
-    None is the replicas of a running syncbn.DataParallel, in a forward of one of them; the default
-    group, or this process alone where none is initialised; a Communicator is
-    itself; everything else must be a torch.distributed group or a one-dimensional DeviceMesh
-    (errors: :func:`syncbn.comm.process_group.from_torch`).
+    None is the replicas of a syncbn.DataParallel in the forward of one of them, else the default
+    group, or this process alone where none is initialised. A Communicator is itself; everything
+    else must be a torch.distributed group or a one-dimensional DeviceMesh (errors:
+    :func:`syncbn.comm.process_group.from_torch`).
     """
     if process_group is None:
         return current_replica() or default_group() or LOCAL

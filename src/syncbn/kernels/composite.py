@@ -7,6 +7,20 @@ Elements are computed in float32 (float64 for float64 input) on values centred a
 shift close to their mean. The subtraction of such a shift is exact or nearly so, however large the
 mean is against the deviation. Everything per channel, sums and what the shift's own rounding leaves
 over (mean − shift) among it, is float64.
+
+The four steps together are a batch normalisation to read, and to hold others to:
+
+    >>> from syncbn.kernels import composite
+    >>> (x, dy), (weight, bias) = torch.randn(2, 4, 3, 5), torch.randn(2, 3)
+    >>> sets = composite.measure(x).unsqueeze(0)  # one row for each part of the batch
+    >>> y, mean, invstd, count = composite.normalise(
+    ...     x, sets, weight, bias, None, None, None, momentum=0.1, eps=1e-5
+    ... )
+    >>> dbias, dweight = sums = composite.gradient_sums(dy, x, mean, invstd)
+    >>> dx = composite.input_gradient(dy, x, weight, mean, invstd, sums, count)
+    >>> expected = torch.nn.functional.batch_norm(x, None, None, weight, bias, training=True)
+    >>> torch.allclose(y, expected, atol=1e-5)
+    True
 """
 
 from __future__ import annotations
