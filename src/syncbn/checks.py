@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor
+from torch.fx import Proxy
 
 
 def check_options(momentum: float, eps: float) -> None:
@@ -25,8 +26,9 @@ def check_options(momentum: float, eps: float) -> None:
 def check_input(input: Tensor) -> None:
     """Refuse what is no floating (N, C, *) tensor with at least one channel."""
     if not isinstance(input, Tensor):
+        remedy = "; for torch.fx, syncbn.revert the model first" if type(input) is Proxy else ""
         raise TypeError(
-            f"sync_batch_norm: expected a torch.Tensor as input, got {type(input).__name__}"
+            f"sync_batch_norm: expected a torch.Tensor as input, got {type(input).__name__}{remedy}"
         )
     if not input.dtype.is_floating_point:
         raise TypeError(
