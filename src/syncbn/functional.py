@@ -11,6 +11,7 @@ from torch import Tensor
 from . import local
 from .autograd import synchronised
 from .comm import LOCAL, resolve
+from .kernels import composite
 
 
 def sync_batch_norm(
@@ -37,8 +38,8 @@ def sync_batch_norm(
 
     Args:
         input: (N, C, *), any floating dtype and strides; N may be 0 and may differ between ranks.
-        running_mean, running_var: (C,) or None. In training they move in place by ``momentum``
-            towards the mean and the *unbiased* variance of the whole batch.
+        running_mean, running_var: (C,) or None, of any floating dtype. In training they move in
+            place by ``momentum`` towards the mean and the *unbiased* variance of the whole batch.
         weight, bias: (C,) or None, of ``input``'s dtype or float32.
         training: normalise with the batch's statistics (True) or the running ones (False).
         momentum: in [0, 1], the weight of this batch in the running statistics.
@@ -107,6 +108,17 @@ def batch_norm(
             *(input, running_mean, running_var, num_batches_tracked, weight, bias),
             *(momentum, eps, comm),
         )
+    if running_mean is not None and _mixed(running_mean.dtype, input, weight):
+        if training:
+            F._verify_batch_size(input.size())  # type: ignore[attr-defined]
+            moments = composite.measure(input).unsqueeze(0)
+            rest = (running_mean, running_var, num_batches_tracked, momentum, eps)
+            return composite.normalise(input, moments, weight, bias, *rest)[0]
+        wide = torch.float64 if input.dtype == torch.float64 else torch.float32
+        running_mean, running_var, weight, bias = (
+            None if tensor is None else tensor.to(wide)
+            for tensor in (running_mean, running_var, weight, bias)
+        )
     if momentum is None:
         momentum = 0.0 if num_batches_tracked is None else 1 / (float(num_batches_tracked) + 1)
     y = F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
@@ -128,6 +140,16 @@ def check_options(momentum: float, eps: float) -> None:
             f"sync_batch_norm: expected eps > 0, got {eps}; it keeps a constant channel from "
             "dividing by zero (1e-5 is usual)"
         )
+
+
+def checked_dtype(name: str, dtype: Any) -> torch.dtype:
+    """``dtype``, unless it is no floating one."""
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise TypeError(
+            f"SyncBatchNorm: expected {name} to be a floating-point dtype, got {dtype!r}; "
+            "for example torch.float64"
+        )
+    return dtype
 
 
 def check_input(input: Tensor) -> None:
@@ -191,6 +213,15 @@ def _check_tensors(
             "sync_batch_norm: expected running_mean and running_var both or neither, got only "
             f"running_{'var' if running_mean is None else 'mean'}"
         )
+
+
+def _mixed(statistics: torch.dtype, input: Tensor, weight: Tensor | None) -> bool:
+    """Whether running statistics are of a dtype that our kernels take and torch's refuse."""
+    if weight is not None:
+        return statistics != weight.dtype
+    return statistics != input.dtype and (
+        statistics != torch.float32 or input.dtype == torch.float64
+    )
 
 
 def _refuse(name: str, tensor: Any, input: Tensor) -> None:

@@ -12,7 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm, _LazyNormBase
 from torch.nn.parameter import UninitializedBuffer, is_lazy
 
 from .comm import LOCAL, default_group, resolve
-from .functional import batch_norm, check_input, check_options, check_shape
+from .functional import batch_norm, check_input, check_options, check_shape, checked_dtype
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -36,6 +36,8 @@ class SyncBatchNorm(_BatchNorm):
             ``copy.deepcopy``; left out, with a warning, by pickle.
         device, dtype: of parameters and running statistics.
         bias: False for a weight without a bias.
+        statistics_dtype: of running_mean and running_var, if another than ``dtype``. In
+            torch.float64 small steps aren't rounded off. ``layer.to(dtype)`` changes it, too.
 
     Shape:
         (N, C, *) → (N, C, *), of the same dtype and memory format. N may be 0 on some ranks.
@@ -67,15 +69,22 @@ class SyncBatchNorm(_BatchNorm):
         dtype: Any = None,
         *,
         bias: bool = True,
+        statistics_dtype: Any = None,
     ) -> None:
         check_options(0.0 if momentum is None else momentum, eps)
-        resolve(process_group)
         super().__init__(
             num_features, eps, momentum, affine, track_running_stats, device=device, dtype=dtype
         )
+        self._take_options(process_group, bias, statistics_dtype)
+
+    def _take_options(self, process_group: Any, bias: bool, statistics_dtype: Any) -> None:
+        resolve(process_group)
+        self.process_group = process_group
         if not bias:  # not passed on: torch before 2.13 does not know it
             self.register_parameter("bias", None)
-        self.process_group = process_group
+        for buffer in (self.running_mean, self.running_var):
+            if buffer is not None and statistics_dtype is not None:
+                buffer.data = buffer.data.to(checked_dtype("statistics_dtype", statistics_dtype))
 
     def forward(self, input: Tensor) -> Tensor:
         self._check_input_dim(input)
@@ -113,6 +122,7 @@ class SyncBatchNorm(_BatchNorm):
         world = default_group()
         torchs: str = super().extra_repr()  # type: ignore[no-untyped-call]
         text = f"{torchs}, world_size={world.size if world else 1}"
+        text += "" if self.training else ", training=False"
         try:
             comm = resolve(self.process_group)
         except (TypeError, ValueError):  # destroyed since, or nonsense
@@ -191,12 +201,10 @@ class LazySyncBatchNorm(_LazyNormBase, SyncBatchNorm):
         dtype: Any = None,
         *,
         bias: bool = True,
+        statistics_dtype: Any = None,
     ) -> None:
         super().__init__(eps, momentum, affine, track_running_stats, device=device, dtype=dtype)
-        if not bias:  # not passed on: torch before 2.13 does not know it
-            self.register_parameter("bias", None)
-        resolve(process_group)
-        self.process_group = process_group
+        self._take_options(process_group, bias, statistics_dtype)
 
     def initialize_parameters(self, input: Tensor) -> None:
         check_input(input)
