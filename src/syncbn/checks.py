@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.fx import Proxy
 
@@ -21,6 +22,16 @@ def check_options(momentum: float, eps: float) -> None:
             f"sync_batch_norm: expected eps > 0, got {eps}; it keeps a constant channel from "
             "dividing by zero (1e-5 is usual)"
         )
+
+
+def checked_dtype(name: str, dtype: Any) -> torch.dtype:
+    """``dtype``, unless it is no floating one."""
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise TypeError(
+            f"SyncBatchNorm: expected {name} to be a floating-point dtype, got {dtype!r}; "
+            "for example torch.float64"
+        )
+    return dtype
 
 
 def check_input(input: Tensor) -> None:

@@ -44,8 +44,8 @@ def sync_batch_norm(
 
     Args:
         input: (N, C, *), any floating dtype and strides; N may be 0 and may differ between ranks.
-        running_mean, running_var: (C,) or None. In training they move in place by ``momentum``
-            towards the mean and the *unbiased* variance of the whole batch.
+        running_mean, running_var: (C,) or None, of any floating dtype. In training they move in
+            place by ``momentum`` towards the mean and the *unbiased* variance of the whole batch.
         weight, bias: (C,) or None, of ``input``'s dtype or float32.
         training: normalise with the batch's statistics (True) or the running ones (False).
         momentum: in [0, 1], the weight of this batch in the running statistics.
@@ -136,6 +136,7 @@ def _whole(
     silent = silent or getattr(input, "is_meta", False)
     comm = LOCAL if silent else resolve(group)
     alone = comm.size == 1 and (silent or not reproducible)
+    mixed = running_mean is not None and _mixed(running_mean.dtype, input, weight)
     if not tracing:  # a trace would record the checks, with warnings
         check_options(0.0 if momentum is None else momentum, eps)
         if training and alone and local.serves(input, weight, bias, running_mean, running_var):
@@ -148,7 +149,7 @@ def _whole(
                 check_tensors(input, running_mean, running_var, weight, bias)
                 raise
         check_tensors(input, running_mean, running_var, weight, bias)
-    if not alone:
+    if not alone or (mixed and training):
         rest = (running_mean, running_var, num_batches_tracked, weight, bias, momentum, eps)
         if isinstance(comm, Replica):
             check_not_reproducible(reproducible)
@@ -157,6 +158,12 @@ def _whole(
             refuse_join()
         share = ReproducibleShare(comm, lengths) if reproducible else Share(comm)
         return synchronised(input, *rest, share)
+    if mixed:
+        wide = torch.float64 if input.dtype == torch.float64 else torch.float32
+        running_mean, running_var, weight, bias = (
+            None if tensor is None else tensor.to(wide)
+            for tensor in (running_mean, running_var, weight, bias)
+        )
     if momentum is None:
         momentum = 0.0 if num_batches_tracked is None else 1 / (float(num_batches_tracked) + 1)
     y = F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
@@ -168,3 +175,12 @@ def _whole(
 def recomputing() -> bool:
     """Whether backward is running: a forward inside it is activation checkpointing's second."""
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
+def _mixed(statistics: torch.dtype, input: Tensor, weight: Tensor | None) -> bool:
+    """Whether running statistics are of a dtype that our kernels take and torch's refuse."""
+    if weight is not None:
+        return statistics != weight.dtype
+    return statistics != input.dtype and (
+        statistics != torch.float32 or input.dtype == torch.float64
+    )

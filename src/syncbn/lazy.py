@@ -9,7 +9,6 @@ from torch.nn.modules.batchnorm import _LazyNormBase
 from torch.nn.parameter import UninitializedBuffer, is_lazy
 
 from .checks import check_input
-from .comm import resolve
 from .modules import SyncBatchNorm, SyncBatchNorm1d, SyncBatchNorm2d, SyncBatchNorm3d
 
 if TYPE_CHECKING:
@@ -36,13 +35,10 @@ class LazySyncBatchNorm(_LazyNormBase, SyncBatchNorm):
         *,
         bias: bool = True,
         reproducible: bool = False,
+        statistics_dtype: Any = None,
     ) -> None:
         super().__init__(eps, momentum, affine, track_running_stats, device=device, dtype=dtype)
-        if not bias:  # not passed on: torch before 2.13 does not know it
-            self.register_parameter("bias", None)
-        resolve(process_group)
-        self.process_group = process_group
-        self.reproducible = reproducible
+        self._take_options(process_group, bias, reproducible, statistics_dtype)
 
     def initialize_parameters(self, input: Tensor, mask: Tensor | None = None) -> None:
         check_input(input)

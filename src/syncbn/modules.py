@@ -13,7 +13,7 @@ import torch.nn as nn
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from .checks import check_input, check_options, check_shape
+from .checks import check_input, check_options, check_shape, checked_dtype
 from .comm import LOCAL, Unplaced, default_group, resolve
 from .functional import batch_norm
 
@@ -40,6 +40,8 @@ class SyncBatchNorm(_BatchNorm):
         device, dtype: of parameters and running statistics.
         bias: False for a weight without a bias.
         reproducible: in training, the same bits for every split of a batch over ranks.
+        statistics_dtype: of running_mean and running_var, if another than ``dtype``. In
+            torch.float64 small steps aren't rounded off. ``layer.to(dtype)`` changes it, too.
 
     Shape:
         input: (N, C, *), N may be 0 on some ranks. mask, optional: (N, *), bool, True where a
@@ -75,16 +77,25 @@ class SyncBatchNorm(_BatchNorm):
         *,
         bias: bool = True,
         reproducible: bool = False,
+        statistics_dtype: Any = None,
     ) -> None:
         check_options(0.0 if momentum is None else momentum, eps)
-        resolve(process_group)
         super().__init__(
             num_features, eps, momentum, affine, track_running_stats, device=device, dtype=dtype
         )
+        self._take_options(process_group, bias, reproducible, statistics_dtype)
+
+    def _take_options(
+        self, process_group: Any, bias: bool, reproducible: bool, statistics_dtype: Any
+    ) -> None:
+        resolve(process_group)
+        self.process_group = process_group
         if not bias:  # not passed on: torch before 2.13 does not know it
             self.register_parameter("bias", None)
-        self.process_group = process_group
         self.reproducible = reproducible
+        for buffer in (self.running_mean, self.running_var):
+            if buffer is not None and statistics_dtype is not None:
+                buffer.data = buffer.data.to(checked_dtype("statistics_dtype", statistics_dtype))
 
     def forward(self, input: Tensor, mask: Tensor | None = None) -> Tensor:
         self._check_input_dim(input)
@@ -134,6 +145,7 @@ class SyncBatchNorm(_BatchNorm):
         world = default_group()
         torchs: str = super().extra_repr()  # type: ignore[no-untyped-call]
         text = f"{torchs}, world_size={world.size if world else 1}"
+        text += "" if self.training else ", training=False"
         try:
             comm = resolve(self.process_group)
         except (TypeError, ValueError):  # destroyed since, or nonsense
