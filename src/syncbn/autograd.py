@@ -15,7 +15,6 @@ from torch.nn.functional import pad
 
 from .comm import Communicator
 from .differentiable import differentiable_gradients
-from .kernels import serving
 from .share import Share
 
 
@@ -68,7 +67,7 @@ class _SyncBatchNorm(torch.autograd.Function):
         received = share.comm.all_gather(sent)
         sets = share.merge_moments(received[:, 1:])
         _check_count(x, sets, share.comm)
-        y, mean, invstd, count = serving(x).normalise(
+        y, mean, invstd, count = share.kernels.normalise(
             *(x, sets, weight, bias, running_mean, running_var, num_batches_tracked, momentum, eps)
         )
         if wants_gradient or (anchor is not None and bool(received[:, 0].any())):
@@ -82,14 +81,15 @@ class _SyncBatchNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, mean, invstd, count = ctx.saved_tensors
+        share: Share = ctx.share
         wants_x, wants_weight, wants_bias = ctx.needs_input_grad[:3]
         dx = None
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph
-            dx, local = differentiable_gradients(dy, x, weight, ctx.eps, ctx.share.comm)
+            dx, local = differentiable_gradients(dy, x, weight, ctx.eps, share.comm)
         else:
-            local, total = ctx.share.gradient_sums(dy, x, mean, invstd)
+            local, total = share.gradient_sums(dy, x, mean, invstd)
             if wants_x:
-                dx = serving(x).input_gradient(dy, x, weight, mean, invstd, total, count)
+                dx = share.kernels.input_gradient(dy, x, weight, mean, invstd, total, count)
         dweight = local[1].to(weight.dtype) if wants_weight else None
         dbias = local[0].to(ctx.bias_dtype) if wants_bias else None
         return dx, dweight, dbias, *(None,) * 8

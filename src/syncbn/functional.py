@@ -13,6 +13,7 @@ from .autograd import synchronised
 from .checks import check_input, check_not_reproducible, check_options, check_tensors
 from .comm import LOCAL, Replica, refuse_join, resolve
 from .joint import together
+from .kernels import serving
 from .masks import blank, check_mask, pack, unpack
 from .share import ReproducibleShare, Share
 
@@ -156,8 +157,10 @@ def _whole(
             return together(input, *rest, comm)
         if comm.size > 1 and not torch.compiler.is_compiling():
             refuse_join()
-        share = ReproducibleShare(comm, lengths) if reproducible else Share(comm)
-        return synchronised(input, *rest, share)
+        kernels = serving(input)
+        if reproducible:
+            return synchronised(input, *rest, ReproducibleShare(comm, kernels, lengths))
+        return synchronised(input, *rest, Share(comm, kernels))
     if mixed:
         wide = torch.float64 if input.dtype == torch.float64 else torch.float32
         running_mean, running_var, weight, bias = (

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from . import reproducible
 from .comm import Communicator
-from .kernels import serving
+from .kernels import Kernels
 
 
 class Share:
@@ -18,12 +18,13 @@ class Share:
     The result is right to rounding, and the same bits on every rank.
     """
 
-    def __init__(self, comm: Communicator) -> None:
+    def __init__(self, comm: Communicator, kernels: Kernels) -> None:
         self.comm = comm
+        self.kernels = kernels
 
     def moments(self, x: Tensor) -> Tensor:
         """What this rank has to tell of x (N, C, *): a tensor of one dimension."""
-        return serving(x).measure(x)
+        return self.kernels.measure(x)
 
     def merge_moments(self, gathered: Tensor) -> Tensor:
         """Packed moments (k, 1 + 2C) of what all ranks told (W, *)."""
@@ -33,7 +34,7 @@ class Share:
         self, dy: Tensor, x: Tensor, mean: Tensor, invstd: Tensor
     ) -> tuple[Tensor, Tensor]:
         """(Σdy, Σdy·x̂) per channel (2, C): this rank's, and all ranks' together."""
-        local = serving(x).gradient_sums(dy, x, mean, invstd)
+        local = self.kernels.gradient_sums(dy, x, mean, invstd)
         return local, self.comm.all_reduce(local)
 
 
@@ -45,12 +46,12 @@ class ReproducibleShare(Share):
     many belong to each sample.
     """
 
-    def __init__(self, comm: Communicator, lengths: Tensor | None = None) -> None:
-        super().__init__(comm)
+    def __init__(self, comm: Communicator, kernels: Kernels, lengths: Tensor | None = None) -> None:
+        super().__init__(comm, kernels)
         self._lengths = 1 if lengths is None else lengths.tolist()
 
     def moments(self, x: Tensor) -> Tensor:
-        packed = [serving(x).measure(sample) for sample in self._samples(x)]
+        packed = [self.kernels.measure(sample) for sample in self._samples(x)]
         return reproducible.represent_moments(_stack(packed, 1 + 2 * x.shape[1], x))
 
     def merge_moments(self, gathered: Tensor) -> Tensor:
@@ -60,7 +61,7 @@ class ReproducibleShare(Share):
         self, dy: Tensor, x: Tensor, mean: Tensor, invstd: Tensor
     ) -> tuple[Tensor, Tensor]:
         pairs = zip(self._samples(dy), self._samples(x), strict=True)
-        sums = [serving(x).gradient_sums(*pair, mean, invstd).flatten() for pair in pairs]
+        sums = [self.kernels.gradient_sums(*pair, mean, invstd).flatten() for pair in pairs]
         mine = reproducible.represent(_stack(sums, 2 * x.shape[1], x))
         shape = (2, x.shape[1])
         local, _ = reproducible.total(mine.unsqueeze(0))

@@ -11,6 +11,7 @@ import syncbn
 
 every_class = pytest.mark.parametrize(("torchs", "ours"), {**CLASSES, **LAZY}.items())
 FACTORY = {"device", "dtype", "process_group"}
+OURS = {"reproducible", "statistics_dtype"}  # keyword-only
 
 
 def arguments(cls):
@@ -22,6 +23,9 @@ def arguments(cls):
 @every_class
 def test_constructor_arguments_and_defaults(torchs, ours):
     mine, theirs = arguments(ours), arguments(torchs)
+    added = [argument for argument in mine if argument[0] in OURS]
+    mine = [argument for argument in mine if argument not in added]
+    assert all(kind is inspect.Parameter.KEYWORD_ONLY for _, kind, _ in added)
     if "bias" not in inspect.signature(torchs).parameters:  # torch before 2.13
         mine = [argument for argument in mine if argument[0] != "bias"]
     assert mine == theirs
@@ -54,7 +58,8 @@ def test_attributes(torchs, ours, affine, track):
     options = {"affine": affine, "track_running_stats": track, "momentum": None, "eps": 1e-3}
     size = () if torchs in LAZY else (3,)
     mine, theirs = ours(*size, **options), torchs(*size, **options)
-    assert vars(mine).keys() - {"process_group"} == vars(theirs).keys() - {"process_group"}
+    own = {"process_group", "reproducible"}
+    assert vars(mine).keys() - own == vars(theirs).keys() - own
     tensors = ("_parameters", "_buffers")
     for name, value in vars(theirs).items():
         if name in tensors:
