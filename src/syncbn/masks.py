@@ -65,7 +65,7 @@ def check_mask(mask: Tensor, input: Tensor) -> None:
 
 def pack(input: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     """The values (V, C) that count of input (N, C, *), and how many each sample has (N,)."""
-    return input.movedim(1, -1)[mask], mask.flatten(1).sum(1)
+    return input.movedim(1, -1)[mask], mask.unsqueeze(-1).flatten(1).sum(1)
 
 
 def unpack(values: Tensor, input: Tensor, mask: Tensor) -> Tensor:
@@ -77,4 +77,4 @@ def unpack(values: Tensor, input: Tensor, mask: Tensor) -> Tensor:
 
 def blank(input: Tensor, mask: Tensor) -> Tensor:
     """input (N, C, *) with zeros where nothing counts."""
-    return input.masked_fill(~mask.unsqueeze(1), 0)
+    return input.clone().masked_fill_(~mask.unsqueeze(1), 0)  # in place it keeps the strides
