@@ -131,6 +131,7 @@ def rank_rows(rank: int, rounds: int, quick: bool) -> list[dict[str, Any]]:
         moments, sums = (torch.zeros(2 * channels + n, dtype=torch.float64) for n in (2, 0))
         layers = {
             "syncbn": syncbn.SyncBatchNorm(channels),
+            "reproducible": syncbn.SyncBatchNorm(channels, reproducible=True),
             "naive": NaiveSyncBatchNorm(channels),
             "local": syncbn.SyncBatchNorm(channels, process_group=syncbn.comm.LOCAL),
         }
@@ -145,7 +146,9 @@ def rank_rows(rank: int, rounds: int, quick: bool) -> list[dict[str, Any]]:
         times = interleaved(steps | {"parts": parts}, rounds)
         row = {"shape": shape} | {f"{name}_ms": middle(values) for name, values in times.items()}
         row["over_parts"] = summary(times["syncbn"], times["parts"])[2]
-        rows.append(row | {"naive_over_syncbn": summary(times["naive"], times["syncbn"])[2]})
+        for name in ("naive", "reproducible"):
+            row[f"{name}_over_syncbn"] = summary(times[name], times["syncbn"])[2]
+        rows.append(row)
     return rows
 
 

@@ -17,6 +17,7 @@ namespace syncbn::SYNCBN_ISA {
 #include "vector.h"
 #include "elements.h"
 #include "moments.h"
+#include "reproducible.h"
 #include "contiguous.h"
 #include "channels_last.h"
 
@@ -39,6 +40,7 @@ const Loopset loopset = {
      {planes<BFloat16>, rows<BFloat16>},
      {planes<Half>, rows<Half>}},
     {channels<float>, channels<double>, channels<float>, channels<float>},
+    {represented, represent, total, moment_terms, moments_of_sums},
 };
 
 }  // namespace syncbn::SYNCBN_ISA

@@ -62,6 +62,11 @@ inline Tensor doubles(int64_t rows, int64_t n) {
   return allocate(sizes, strides, 2, aoti_torch_dtype_float64());
 }
 
+// Rows [begin, begin + count) of t.
+inline Tensor narrow(Tensor t, int64_t begin, int64_t count) {
+  return torch::stable::narrow(t, 0, begin, count);
+}
+
 inline double* data(const Tensor& t) { return static_cast<double*>(t.data_ptr()); }
 
 inline std::string shape(const Tensor& t) {

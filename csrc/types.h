@@ -101,11 +101,25 @@ struct ChannelLoops {
   void (*project)(int64_t channels, const ChannelValues&, const double* total, double* dot);
 };
 
+// Sums that no split of their terms changes; see reproducible.h.
+struct ReproducibleLoops {
+  int64_t numbers;  // of a representation, per column
+  void (*represent)(double* terms, int64_t rows, int64_t columns, double* result, int64_t stride);
+  void (*total)(const double* received, int64_t sets, int64_t stride, int64_t columns,
+                double* high, double* low);
+  void (*moment_terms)(int64_t some, double n, const double* mean, const double* m2,
+                       double* firsts, double* seconds);
+  void (*moments_of_sums)(int64_t channels, double count, const double* first,
+                          const double* first_low, const double* second,
+                          const double* second_low, double* mean, double* m2);
+};
+
 // All loops for one instruction set.
 struct Loopset {
   const char* name;
   Loops elements[dtypes][layouts];
   ChannelLoops channels[dtypes];
+  ReproducibleLoops reproducible;
 };
 
 }  // namespace syncbn

@@ -101,7 +101,7 @@ inline Work make_work(const Loopset& set, Dtype dtype, Layout layout, View* view
   wanted = wanted < 1 ? 1 : wanted > 256 ? 256 : wanted;
   int64_t shortest;
   if (w.layout == Layout::planes) {
-    w.tile_columns = views[0].outer > 1 ? at_least_one(4096 / views[0].inner) : 1;
+    w.tile_columns = at_least_one(4096 / views[0].inner);
     shortest = 8192;
   } else {
     w.tile_columns = 256;

@@ -13,7 +13,8 @@ SOURCE = Path(syncbn.__file__).parent
 # From the ground up. A room imports from rooms on floors below its own, never from its own floor.
 FLOORS = (
     {"_version", "checks", "empty", "masks", "moments", "scatter"},
-    {"comm", "kernels", "reproducible"},
+    {"reproducible"},
+    {"comm", "kernels"},
     {"differentiable", "share"},
     {"autograd", "joint", "local", "uneven"},
     {"functional"},

@@ -170,3 +170,37 @@ def test_devices_without_float64_keep_statistics_in_float32():
 def test_the_composite_serves_every_device():
     for device in ("cpu", "cuda", "xpu", "mps", "meta"):
         assert kernels.serving(torch.device(device)).NAME == "composite"
+
+
+@pytest.mark.parametrize("dtype", list(oracle.TOLERANCE), ids=str)
+@pytest.mark.parametrize("lengths", [None, (0, 3, 1, 2)])
+@pytest.mark.parametrize("offset", [3.0, 1e4])
+def test_samples_are_added_up_to_the_whole(implementation, dtype, lengths, offset):
+    case = Case(split=(6,), channels=150, spatial=(3, 5), dtype=dtype, offset=offset)
+    x, dy, *_ = case.batch()
+    lengths = None if lengths is None else torch.tensor(lengths)
+    k = implementation
+    received = torch.stack([k.measure_samples(x, lengths), k.measure_samples(x[:0], None)])
+    moments = k.merge_samples(received)
+    count, mean, m2 = unpack(moments[0])
+    expected = oracle.batch_norm(x, dy)
+    room = 4 + offset / 1e3
+    wide = {"dtype": torch.float64 if dtype == torch.float64 else torch.float32}
+    oracle.assert_close(mean, expected.mean, **wide)
+    oracle.assert_close(m2 / count, expected.var, **wide, factor=room)
+    _, mean, invstd, _ = k.normalise(x, moments, *(None,) * 5, 0.1, 1e-5)
+    represented = k.gradient_sums_samples(dy, x, mean, invstd, lengths).unsqueeze(0)
+    sums = k.total_samples(represented)
+    oracle.assert_close(sums[0], expected.dbias, **wide, factor=10)
+    oracle.assert_close(sums[1], expected.dweight, **wide, factor=10 * room)
+    assert torch.equal(sums, composite.total_samples(represented))
+    assert torch.equal(moments, composite.merge_samples(received))
+
+
+@pytest.mark.skipif(not native.available(), reason="needs the compiled operators")
+def test_represented_samples_are_the_same_bits_everywhere():
+    x = torch.randn(5, 200, 1, dtype=torch.float64) * 10.0 ** torch.arange(-100, 100).view(200, 1)
+    x[0, 3] = float("inf")
+    x[1, 4] = float("nan")
+    x[:, 5] = 0
+    assert torch.equal(*(k.measure_samples(x, None).nan_to_num(7e7) for k in IMPLEMENTATIONS))

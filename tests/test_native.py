@@ -108,11 +108,17 @@ def test_operators_pass_opcheck(shape):
     _, mean, invstd, count = native.normalise(x, sets, None, None, None, None, None, 0.1, 1e-5)
     sums = native.gradient_sums(x, x, mean, invstd)
     weight = torch.rand(shape[1])
+    received = native.measure_samples(x, None).expand(2, -1).contiguous()
+    totals = native.gradient_sums_samples(x, x, mean, invstd, None).expand(2, -1, -1).contiguous()
     for op, args in (
         (ops.measure, (x,)),
         (ops.normalise, (x, sets, weight, None, *running, 0.1, 1e-5)),
         (ops.gradient_sums, (x, x, mean, invstd)),
         (ops.input_gradient, (x, x, weight, mean, invstd, sums, count)),
+        (ops.measure_samples, (x, torch.tensor([len(x), 0]))),
+        (ops.merge_samples, (received,)),
+        (ops.gradient_sums_samples, (x, x, mean, invstd, None)),
+        (ops.total_samples, (totals,)),
     ):
         torch.library.opcheck(op.default, args, test_utils=("test_schema", "test_faketensor"))
 

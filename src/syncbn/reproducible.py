@@ -1,20 +1,20 @@
 """Sums that are the same to the bit however their terms are split over ranks: pure mathematics.
 
-**Method.** A double is cut at fixed places, the powers 2²⁴ᵇ, into slices q·2²⁴ᵇ with an integer
-|q| < 2²⁴. The cut depends on the term alone. Per column a set of terms is represented by the index
-``top`` of the highest slice of its largest term, and by the sums of the slices top, top − 1, …,
-top − 4 over all terms.
+**Method.** A double is cut at fixed places, the powers 2²⁸ᵇ, into slices q·2²⁸ᵇ with an integer
+|q| < 2²⁸. The cut depends on the term alone. Per column a set of terms is represented by the index
+``top`` of the highest slice of its largest term, and by the sums of the slices top to top − 3
+over all terms.
 
 **Proof.** The slices' sums are sums of integers below 2⁵³ in magnitude, hence exact in float64 in
 any order. Let J be the largest ``top`` of all sets. A set of ``top`` ≤ J knows its sums of the
-slices J … J − 4: above its top its terms have none, down to top − 4 ≤ J − 4 it has them. So the
-union's representation (J and five integers) is a function of the multiset of terms alone, and so is
+slices J to J − 3: above its top its terms have none, down to top − 3 ≤ J − 3 it has them. So the
+union's representation (J and four integers) is a function of the multiset of terms alone, and so is
 any number computed from it.
 
-**Accuracy.** What is left out of a term is below 2²⁴⁽ᴶ⁻⁴⁾, 2⁻⁹⁶ of the largest term or less: so the
-sums of x and x² give a variance without cancellation that matters (up to mean/deviation 10⁶ about
-2⁻⁵⁶ of it). Up to 2²⁷ samples; slices below 2⁻⁹⁶⁰ are left out. Terms that are not finite are
-summed apart, and make the result what they would make of any sum.
+**Accuracy.** What is left out of a term is below 2²⁸⁽ᴶ⁻³⁾, 2⁻⁸⁴ of the largest term or less: so the
+sums of x and x² give a variance without cancellation that matters (at mean/deviation 10⁶ about
+2⁻⁴⁴ of it is lost). Up to 2²³ samples; slices below 2⁻⁹⁵² are left out. Terms that are not finite
+are summed apart, and make the result what they would make of any sum.
 
 After J. Demmel and H. D. Nguyen, "Parallel Reproducible Summation", IEEE Transactions on Computers
 64 (2015), whose slices are rounded where these are cut.
@@ -27,14 +27,14 @@ from torch import Tensor
 
 from .moments import Moments
 
-WIDTH = 24  # bits of a slice
-SLICES = 5
-_LOWEST = -36  # the lowest top: 2^(24·(−36 − 4)) = 2⁻⁹⁶⁰ still has a reciprocal
+WIDTH = 28  # bits of a slice
+SLICES = 4
+_LOWEST = -31  # the lowest top: 2^(28·(−31 − 3)) = 2⁻⁹⁵² still has a reciprocal
 NUMBERS = 1 + SLICES + 1  # of a representation: top, slices, sum of what is not finite
 
 
 def represent(terms: Tensor) -> Tensor:
-    """The representation (7, K) of the sums over dimension 0 of float64 terms (M, K)."""
+    """The representation (6, K) of the sums over dimension 0 of float64 terms (M, K)."""
     finite = terms.isfinite()
     rest = torch.where(finite, terms, 0.0)
     odd = torch.where(finite, 0.0, terms).sum(0)
@@ -54,7 +54,7 @@ def represent(terms: Tensor) -> Tensor:
 
 
 def total(sets: Tensor) -> tuple[Tensor, Tensor]:
-    """The sums (K,) of all terms in W representations (W, 7, K), as a double and what it lacks."""
+    """The sums (K,) of all terms in W representations (W, 6, K), as a double and what it lacks."""
     tops, slices, odd = sets[:, 0], sets[:, 1:-1], sets[:, -1].sum(0)
     top = tops.amax(0)
     high, low = odd, torch.zeros_like(odd)
@@ -68,7 +68,7 @@ def total(sets: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def represent_moments(samples: Tensor) -> Tensor:
-    """What a rank sends of its samples' packed moments (N, 1 + 2C): (1 + 14C,).
+    """What a rank sends of its samples' packed moments (N, 1 + 2C): (1 + 12C,).
 
     The count, and representations of Σ n·mean and of Σ (M2 + n·mean²), whose products go in whole.
     """
@@ -82,7 +82,7 @@ def represent_moments(samples: Tensor) -> Tensor:
 
 
 def merge_moments(sets: Tensor) -> Tensor:
-    """Packed moments (1 + 2C,) of the union of what W ranks sent (W, 1 + 14C)."""
+    """Packed moments (1 + 2C,) of the union of what W ranks sent (W, 1 + 12C)."""
     count = sets[:, 0].sum()
     divisor = count.clamp_min(1)
     (sum_high, sum_low), (square_high, square_low) = (

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-import torch
 from torch import Tensor
 
-from . import reproducible
 from .comm import Communicator
 from .kernels import Kernels
 
@@ -48,31 +44,17 @@ class ReproducibleShare(Share):
 
     def __init__(self, comm: Communicator, kernels: Kernels, lengths: Tensor | None = None) -> None:
         super().__init__(comm, kernels)
-        self._lengths = 1 if lengths is None else lengths.tolist()
+        self.lengths = lengths
 
     def moments(self, x: Tensor) -> Tensor:
-        packed = [self.kernels.measure(sample) for sample in self._samples(x)]
-        return reproducible.represent_moments(_stack(packed, 1 + 2 * x.shape[1], x))
+        return self.kernels.measure_samples(x, self.lengths)
 
     def merge_moments(self, gathered: Tensor) -> Tensor:
-        return reproducible.merge_moments(gathered).unsqueeze(0)
+        return self.kernels.merge_samples(gathered)
 
     def gradient_sums(
         self, dy: Tensor, x: Tensor, mean: Tensor, invstd: Tensor
     ) -> tuple[Tensor, Tensor]:
-        pairs = zip(self._samples(dy), self._samples(x), strict=True)
-        sums = [self.kernels.gradient_sums(*pair, mean, invstd).flatten() for pair in pairs]
-        mine = reproducible.represent(_stack(sums, 2 * x.shape[1], x))
-        shape = (2, x.shape[1])
-        local, _ = reproducible.total(mine.unsqueeze(0))
-        total, _ = reproducible.total(self.comm.all_gather(mine))
-        return local.view(shape), total.view(shape)
-
-    def _samples(self, x: Tensor) -> Sequence[Tensor]:
-        samples: Sequence[Tensor] = x.split(self._lengths) if len(x) else ()  # type: ignore[no-untyped-call]
-        return samples
-
-
-def _stack(rows: Sequence[Tensor], width: int, x: Tensor) -> Tensor:
-    """Rows (N, width), also where N is 0."""
-    return torch.stack(list(rows)) if rows else x.new_zeros(0, width, dtype=torch.float64)
+        mine = self.kernels.gradient_sums_samples(dy, x, mean, invstd, self.lengths)
+        local = self.kernels.total_samples(mine.unsqueeze(0))
+        return local, self.kernels.total_samples(self.comm.all_gather(mine))

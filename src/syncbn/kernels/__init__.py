@@ -52,6 +52,17 @@ class Kernels(Protocol):
         count: Tensor,
     ) -> Tensor: ...
 
+    # measure and gradient_sums, and how they merge, where no split of the batch may show
+    def measure_samples(self, x: Tensor, lengths: Tensor | None) -> Tensor: ...
+
+    def merge_samples(self, received: Tensor) -> Tensor: ...
+
+    def gradient_sums_samples(
+        self, dy: Tensor, x: Tensor, mean: Tensor, invstd: Tensor, lengths: Tensor | None
+    ) -> Tensor: ...
+
+    def total_samples(self, received: Tensor) -> Tensor: ...
+
 
 def serving(x: Tensor) -> Kernels:
     """The kernels that serve x: the compiled ones where there are any for it, else composite."""

@@ -25,9 +25,12 @@ The four steps together are a batch normalisation to read, and to hold others to
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
+from .. import reproducible
 from ..moments import Moments, merge, unpack
 
 NAME = "composite"
@@ -129,6 +132,47 @@ def input_gradient(
     through_statistics = torch.addcmul(_per_channel(offset, x), centred, _per_channel(slope, x))
     dx = torch.addcmul(through_statistics, _arithmetic(dy), _per_channel(scale, x))
     return dx.to(x.dtype)
+
+
+def measure_samples(x: Tensor, lengths: Tensor | None) -> Tensor:
+    """The representation (1 + 12C,) of x's moments, each sample measured by itself.
+
+    See :mod:`syncbn.reproducible`. A sample is an element of dimension 0, or lengths (N,) of them.
+    """
+    packed = [measure(sample) for sample in _samples(x, lengths)]
+    return reproducible.represent_moments(_stack(packed, 1 + 2 * x.shape[1], x))
+
+
+def merge_samples(received: Tensor) -> Tensor:
+    """Packed moments (1, 1 + 2C) of all that W ranks' measure_samples gave (W, 1 + 12C)."""
+    return reproducible.merge_moments(received).unsqueeze(0)
+
+
+def gradient_sums_samples(
+    dy: Tensor, x: Tensor, mean: Tensor, invstd: Tensor, lengths: Tensor | None
+) -> Tensor:
+    """The representation (6, 2C) of the gradient sums, each sample's summed by itself."""
+    pairs = zip(_samples(dy, lengths), _samples(x, lengths), strict=True)
+    sums = [gradient_sums(*pair, mean, invstd).flatten() for pair in pairs]
+    return reproducible.represent(_stack(sums, 2 * x.shape[1], x))
+
+
+def total_samples(received: Tensor) -> Tensor:
+    """(Σdy, Σdy·x̂) per channel (2, C) of what W ranks' gradient_sums_samples gave (W, 6, 2C)."""
+    return reproducible.total(received)[0].view(2, -1)
+
+
+def _samples(x: Tensor, lengths: Tensor | None) -> Sequence[Tensor]:
+    if not len(x):
+        return ()
+    sizes = 1 if lengths is None else lengths.tolist()
+    samples: Sequence[Tensor] = x.split(sizes)  # type: ignore[no-untyped-call]
+    return samples
+
+
+def _stack(rows: Sequence[Tensor], width: int, x: Tensor) -> Tensor:
+    """Rows (N, width), also where N is 0."""
+    return torch.stack(list(rows)) if rows else x.new_zeros(0, width, dtype=torch.float64)
 
 
 def _arithmetic(x: Tensor) -> Tensor:

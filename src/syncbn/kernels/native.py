@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from ..reproducible import NUMBERS
+
 NAME = "native"
 LIBRARY = Path(__file__).parents[1] / "libsyncbn.so"
 
@@ -95,6 +97,28 @@ def input_gradient(
     return dx
 
 
+def measure_samples(x: Tensor, lengths: Tensor | None) -> Tensor:
+    represented: Tensor = _ops.measure_samples.default(x, lengths)
+    return represented
+
+
+def merge_samples(received: Tensor) -> Tensor:
+    packed: Tensor = _ops.merge_samples.default(received)
+    return packed
+
+
+def gradient_sums_samples(
+    dy: Tensor, x: Tensor, mean: Tensor, invstd: Tensor, lengths: Tensor | None
+) -> Tensor:
+    represented: Tensor = _ops.gradient_sums_samples.default(dy, x, mean, invstd, lengths)
+    return represented
+
+
+def total_samples(received: Tensor) -> Tensor:
+    sums: Tensor = _ops.total_samples.default(received)
+    return sums
+
+
 def batch_norm(
     x: Tensor,
     weight: Tensor | None,
@@ -126,7 +150,10 @@ def _leave_autograd_out() -> None:
     They are called from autograd.Functions; torch's fallback for operators like these would only
     prepare a warning, in a third of a microsecond per call.
     """
-    operators = (measure, normalise, gradient_sums, input_gradient, batch_norm, batch_norm_backward)
+    operators = (
+        *(measure, normalise, gradient_sums, input_gradient, batch_norm, batch_norm_backward),
+        *(measure_samples, merge_samples, gradient_sums_samples, total_samples),
+    )
     library = torch.library.Library("syncbn", "FRAGMENT")  # type: ignore[no-untyped-call]
     _kept.append(library)  # what it registers goes with it
     for operator in operators:
@@ -154,6 +181,10 @@ def _register_shapes() -> None:
         "normalise": normalised,
         "gradient_sums": lambda dy, x, *_: wide(x, 2, x.shape[1]),
         "input_gradient": lambda dy, x, *_: torch.empty_like(x),
+        "measure_samples": lambda x, _: wide(x, 1 + 2 * NUMBERS * x.shape[1]),
+        "merge_samples": lambda received: wide(received, 1, 1 + received.shape[1] // NUMBERS),
+        "gradient_sums_samples": lambda dy, x, *_: wide(x, NUMBERS, 2 * x.shape[1]),
+        "total_samples": lambda received: wide(received, 2, received.shape[2] // 2),
         "batch_norm": lambda x, *_: (torch.empty_like(x), wide(x, 2, x.shape[1])),
         "batch_norm_backward": gradients,
     }
