@@ -137,7 +137,6 @@ def _whole(
     silent = silent or getattr(input, "is_meta", False)
     comm = LOCAL if silent else resolve(group)
     alone = comm.size == 1 and (silent or not reproducible)
-    mixed = running_mean is not None and _mixed(running_mean.dtype, input, weight)
     if not tracing:  # a trace would record the checks, with warnings
         check_options(0.0 if momentum is None else momentum, eps)
         if training and alone and local.serves(input, weight, bias, running_mean, running_var):
@@ -150,6 +149,7 @@ def _whole(
                 check_tensors(input, running_mean, running_var, weight, bias)
                 raise
         check_tensors(input, running_mean, running_var, weight, bias)
+    mixed = running_mean is not None and _mixed(running_mean.dtype, input, weight)
     if not alone or (mixed and training):
         rest = (running_mean, running_var, num_batches_tracked, weight, bias, momentum, eps)
         if isinstance(comm, Replica):
