@@ -28,7 +28,8 @@ test-all: $(READY)
 # As where no compiled operators are: one process must then equal torch to the bit.
 test-composite: $(READY)
 	SYNCBN_KERNELS=composite $(BIN)/python -m pytest tests/test_modules.py tests/test_lazy.py \
-	  tests/test_state.py tests/test_convert.py tests/test_revert.py tests/test_exact.py
+	  tests/test_state.py tests/test_convert.py tests/test_revert.py tests/test_exact.py \
+	  tests/test_checkpointing.py tests/test_masks.py tests/test_double_backward.py
 
 # The loops alone, without torch, under AddressSanitizer and UndefinedBehaviorSanitizer.
 CXX ?= c++

@@ -103,8 +103,11 @@ def batch_norm(
     reproducible: bool = False,
 ) -> Tensor:
     """:func:`sync_batch_norm` for layers: counts batches, over which momentum None averages."""
-    if training and recomputing():  # the first time around they moved
-        running_mean = running_var = num_batches_tracked = None
+    if training and recomputing():  # the first time around they moved; now copies do
+        running_mean, running_var, num_batches_tracked = (
+            None if statistic is None else statistic.detach().clone()
+            for statistic in (running_mean, running_var, num_batches_tracked)
+        )
     rest = (running_mean, running_var, num_batches_tracked, weight, bias, training, momentum, eps)
     if mask is None:
         return _whole(input, *rest, group, reproducible)
