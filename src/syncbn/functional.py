@@ -10,7 +10,13 @@ from torch import Tensor
 
 from . import local
 from .autograd import synchronised
-from .checks import check_input, check_not_reproducible, check_options, check_tensors
+from .checks import (
+    check_input,
+    check_not_reproducible,
+    check_options,
+    check_tensors,
+    recomputing,
+)
 from .comm import LOCAL, Replica, refuse_join, resolve
 from .joint import together
 from .kernels import serving
@@ -173,11 +179,6 @@ def _whole(
     if num_batches_tracked is not None:
         num_batches_tracked.add_(1)
     return y
-
-
-def recomputing() -> bool:
-    """Whether backward is running: a forward inside it is activation checkpointing's second."""
-    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
 def _mixed(statistics: torch.dtype, input: Tensor, weight: Tensor | None) -> bool:
