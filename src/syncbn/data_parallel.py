@@ -30,6 +30,11 @@ class DataParallel(nn.DataParallel[ModuleT]):
     as they are; :func:`syncbn.convert` them. For speed, and beyond one machine, use
     torch.nn.parallel.DistributedDataParallel.
 
+    Synchronised layers and functions run in the thread of their replica: not in threads that its
+    forward starts, where a function, or a layer that isn't registered, normalises alone. Put
+    activation checkpointing around the whole, ``checkpoint(parallel, x, use_reentrant=True)``: the
+    other form saves no memory there.
+
     A torch.nn.DataParallel to whoever asks: ``.module``, state dict keys and the semantics of
     inputs, hooks and module attributes (those set in forward are lost) are the same.
 
@@ -51,8 +56,10 @@ class DataParallel(nn.DataParallel[ModuleT]):
     Raises:
         TypeError, ValueError: no module, no devices; outputs that differ in structure.
         RuntimeError: parameters elsewhere or uninitialised; a layer that has a group of several
-            ranks; replicas that do not run the same synchronised layers in the same order. What a
-            replica raises is raised with its type and traceback, naming the replica.
+            ranks; replicas that do not run the same synchronised layers in the same order;
+            activation checkpointing inside a replica. What a replica raises is raised with its
+            traceback, naming the replica, and with its type where that takes one message.
+        ValueError, in forward: a layer that is ``reproducible``.
 
     Source: https://docs.pytorch.org/docs/stable/generated/torch.nn.DataParallel.html;
     https://github.com/vacancy/Synchronized-BatchNorm-PyTorch
