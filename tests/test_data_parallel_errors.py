@@ -293,12 +293,19 @@ def test_a_process_that_is_one_of_several_ranks(ranks):
         with pytest.raises(RuntimeError, match="group of 2 ranks"):
             model(torch.ones(4, 2))
 
+        class Function(nn.Module):
+            def forward(self, x):
+                return syncbn.sync_batch_norm(x, None, None)
+
+        with pytest.raises(RuntimeError, match="got sync_batch_norm with a group of 2 ranks"):
+            syncbn.DataParallel(Function(), ["cpu"] * 2)(torch.ones(4, 2))
+
     ranks(2, refused)
 
 
 def test_one_inside_another():
     inner = syncbn.DataParallel(syncbn.convert(nested()).double(), ["cpu"] * 2)
-    with pytest.raises(RuntimeError, match="got 1 with a group of 2 ranks"):
+    with pytest.raises(RuntimeError, match="no DataParallel inside another, got one with the laye"):
         syncbn.DataParallel(nn.Sequential(inner), ["cpu"] * 2)(images(4))
 
 

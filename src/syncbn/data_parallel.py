@@ -12,7 +12,7 @@ import torch.nn as nn
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
-from .comm import Crew, Replica, resolve
+from .comm import Crew, Replica, refused_group, resolve
 from .modules import SyncBatchNorm
 from .scatter import gather, scatter
 
@@ -153,13 +153,14 @@ def _check(module: nn.Module, device: torch.device) -> None:
                 "wrapped by torch.compile(); give DataParallel the module itself"
             )
         if isinstance(layer, SyncBatchNorm) and layer.training:
-            ranks = resolve(layer.process_group).size
-            if ranks > 1:
+            comm = resolve(layer.process_group)
+            if isinstance(comm, Replica):
                 raise RuntimeError(
-                    f"DataParallel: expected layers without a group, whose replicas in this "
-                    f"process are to be synchronised, got {name or 'a layer'} with a group of "
-                    f"{ranks} ranks; use DistributedDataParallel with one process per device"
+                    "DataParallel: expected no DataParallel inside another, got one with the layer "
+                    f"{name!r} in a replica of {comm.size}; list all devices in the outer one"
                 )
+            if comm.size > 1:
+                raise RuntimeError(refused_group(name or "a layer", comm.size))
 
 
 def _run(

@@ -191,6 +191,15 @@ def current_replica() -> Replica | None:
     return replica
 
 
+def refused_group(what: str, size: int) -> str:
+    """Why replicas cannot be synchronised over a group of ``size`` ranks as well."""
+    return (
+        f"DataParallel: expected layers without a group, whose replicas in this process are to be "
+        f"synchronised, got {what} with a group of {size} ranks; use DistributedDataParallel with "
+        "one process per device"
+    )
+
+
 class _Arrival(NamedTuple):
     layer: str
     value: Any
