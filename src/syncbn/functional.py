@@ -146,7 +146,7 @@ def _whole(
     mixed = running_mean is not None and _mixed(running_mean.dtype, input, weight)
     if not tracing:  # a trace would record the checks, with warnings
         check_options(0.0 if momentum is None else momentum, eps)
-        if training and alone and local.serves(input, weight, bias, running_mean, running_var):
+        if training and alone and local.serves(input, running_mean, running_var, weight, bias):
             try:
                 return local.batch_norm(
                     *(input, weight, bias, running_mean, running_var, num_batches_tracked),
