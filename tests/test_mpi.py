@@ -176,6 +176,8 @@ def test_what_cannot_be_is_refused(mpi_ranks):
         for wrong in ("world", 0, engine.INFO_NULL):
             with pytest.raises(TypeError, match="expected an intracommunicator of mpi4py or None"):
                 MPI(wrong)
+        with pytest.raises(ValueError, match="MPI: expected 0 < timeout"):
+            MPI(timeout=0)
         comm = MPI()
         comm.comm.Free()
         with pytest.raises(engine.Exception, match=r"(?i)communicator"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import torch
@@ -110,6 +111,19 @@ def _refuse(name: str, tensor: Any, input: Tensor) -> None:
         f"sync_batch_norm: expected {name} on the input's device {input.device}, got "
         f"{tensor.device}; move one of them with .to()"
     )
+
+
+def check_timeout(operation: str, timeout: float) -> None:
+    """Refuse what threads cannot wait for: no seconds, or too many."""
+    if isinstance(timeout, bool) or not isinstance(timeout, (int, float)):
+        raise TypeError(
+            f"{operation}: expected a number of seconds as timeout, got {type(timeout).__name__}"
+        )
+    if not 0 < timeout <= threading.TIMEOUT_MAX:
+        raise ValueError(
+            f"{operation}: expected 0 < timeout ≤ {threading.TIMEOUT_MAX:g}, got {timeout}; it is "
+            "in seconds, of waiting for the other ranks"
+        )
 
 
 def check_not_reproducible(reproducible: bool) -> None:

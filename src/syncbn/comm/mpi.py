@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ..checks import check_timeout
 from .base import Communicator
 
 if TYPE_CHECKING:
@@ -25,6 +26,8 @@ class MPI(Communicator):
 
     - **Devices.** Messages travel through CPU memory; tensors elsewhere are copied there and back.
     - **Waiting** sleeps after 50 µs, where MPI itself would spin: more ranks than cores will do.
+      It ends after ``timeout``, with an error and the communicator's end: a rank that finishes
+      early, with fewer batches than the others, waits for them in MPI_Finalize.
     - **Threads.** One thread at a time may call. Backward runs in the thread that calls it on the
       CPU, and in a thread of autograd's own on a GPU, which takes a thread level of at least
       SERIALIZED. mpi4py asks for MULTIPLE unless ``mpi4py.rc.thread_level`` says otherwise.
@@ -38,13 +41,15 @@ class MPI(Communicator):
 
     Args:
         comm: an intracommunicator of mpi4py, for example one from ``Split``; None is COMM_WORLD.
+        timeout: seconds > 0 that a collective waits for the other ranks.
 
     Raises:
         ImportError: mpi4py is not installed, or finds no MPI library.
-        TypeError: ``comm`` is no intracommunicator.
-        ValueError: ``comm`` is null: ``Split`` left this rank out, or it was freed.
+        TypeError: ``comm`` is no intracommunicator; ``timeout`` no number.
+        ValueError: ``comm`` is null: ``Split`` left this rank out, or it was freed; another
+            ``timeout``.
         RuntimeError: MPI is not initialised or already finalised; in collectives, a call from a
-            thread that MPI's thread level excludes.
+            thread that MPI's thread level excludes, or other ranks that are late by ``timeout``.
 
     Source: https://mpi4py.readthedocs.io, https://www.mpi-forum.org/docs/
 
@@ -55,13 +60,16 @@ class MPI(Communicator):
 
     few = 8  # up to so many ranks, all_reduce gathers: one round instead of a tree up and down
 
-    def __init__(self, comm: Engine.Intracomm | None = None) -> None:
+    def __init__(self, comm: Engine.Intracomm | None = None, *, timeout: float = 300.0) -> None:
+        check_timeout("MPI", timeout)
         engine = _engine()
         self.comm = _checked(engine, comm).Dup()
+        self.timeout = timeout
         self._engine = engine
         self._types = {torch.float32: engine.FLOAT, torch.float64: engine.DOUBLE}
         self._main_thread_only = engine.Query_thread() < engine.THREAD_SERIALIZED
-        self._in_flight: tuple[Tensor, ...] = ()
+        self._in_flight: tuple[Any, ...] = ()
+        self._ended: str | None = None
 
     @property
     def rank(self) -> int:
@@ -72,12 +80,12 @@ class MPI(Communicator):
         return self.comm.size
 
     def all_gather(self, tensor: Tensor) -> Tensor:
-        return self._gathered(_on_cpu(tensor)).to(tensor.device)
+        return self._gathered("all_gather", _on_cpu(tensor)).to(tensor.device)
 
     def all_reduce(self, tensor: Tensor) -> Tensor:
         local = _on_cpu(tensor)
         if self.size <= self.few or tensor.dtype not in self._types:
-            total = self._gathered(local).sum(0)
+            total = self._gathered("all_reduce", local).sum(0)
         else:
             total = self._reduced(local.clone())
         return total.to(tensor.device)
@@ -91,41 +99,54 @@ class MPI(Communicator):
             "it is needed"
         )
 
-    def _gathered(self, local: Tensor) -> Tensor:
-        self._check_thread()
+    def _gathered(self, operation: str, local: Tensor) -> Tensor:
+        self._check()
         byte = self._engine.BYTE  # which has no opinion on bfloat16
         gathered = local.new_empty(self.size, *local.shape)
         self._in_flight = (local, gathered)
         self._wait(
-            self.comm.Iallgather([self._memory(local), byte], [self._memory(gathered), byte])
+            operation,
+            self.comm.Iallgather([self._memory(local), byte], [self._memory(gathered), byte]),
         )
         return gathered
 
     def _reduced(self, total: Tensor) -> Tensor:
         """Sum in place. Not by Allreduce, whose sums may differ in their last bits among ranks."""
-        self._check_thread()
+        self._check()
         here = [self._memory(total), self._types[total.dtype]]
         self._in_flight = (total,)
         if self.rank == 0:
-            self._wait(self.comm.Ireduce(self._engine.IN_PLACE, here))
+            self._wait("all_reduce", self.comm.Ireduce(self._engine.IN_PLACE, here))
         else:
-            self._wait(self.comm.Ireduce(here, None))
+            self._wait("all_reduce", self.comm.Ireduce(here, None))
         self._in_flight = (total,)
-        self._wait(self.comm.Ibcast(here))
+        self._wait("all_reduce", self.comm.Ibcast(here))
         return total
 
     def _memory(self, tensor: Tensor) -> Any:
         return self._engine.buffer.fromaddress(tensor.data_ptr(), tensor.nbytes)
 
-    def _wait(self, request: Engine.Request) -> None:
+    def _wait(self, operation: str, request: Engine.Request) -> None:
         """Until the request is done. Interrupted, its memory stays with us: MPI may yet write."""
-        patience = time.perf_counter() + 50e-6
+        began = time.perf_counter()
         while not request.Test():
-            if time.perf_counter() > patience:
+            waited = time.perf_counter() - began
+            if waited > self.timeout:
+                self._ended = (
+                    f"MPI: {operation}: rank {self.rank} of {self.size} waited {self.timeout:g} s "
+                    "for other ranks; every rank must make the same calls, forward and backward: "
+                    "where loaders differ in length, iterate over "
+                    "syncbn.until_all_done(loader, comm), and where ranks take longer, pass a "
+                    "longer timeout. This communicator has ended"
+                )
+                raise RuntimeError(self._ended)
+            if waited > 50e-6:
                 time.sleep(20e-6)
         self._in_flight = ()
 
-    def _check_thread(self) -> None:
+    def _check(self) -> None:
+        if self._ended is not None:
+            raise RuntimeError(self._ended)
         if self._main_thread_only and not self._engine.Is_thread_main():
             raise RuntimeError(
                 f"MPI: rank {self.rank} expected a call from the thread that initialised MPI, as "

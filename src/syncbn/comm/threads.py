@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from ..checks import check_timeout
 from .base import Communicator
 
 
@@ -50,11 +51,7 @@ def threads(world_size: int, *, timeout: float = 300.0) -> list[Threads]:
         raise TypeError(f"threads: expected an int as world_size, got {type(world_size).__name__}")
     if world_size < 1:
         raise ValueError(f"threads: expected a world_size of at least 1, got {world_size}")
-    if not 0 < timeout <= threading.TIMEOUT_MAX:
-        raise ValueError(
-            f"threads: expected 0 < timeout ≤ {threading.TIMEOUT_MAX:g}, got {timeout}; it is in "
-            "seconds, of waiting for the other ranks"
-        )
+    check_timeout("threads", timeout)
     group = _Group(world_size, timeout)
     return [Threads(group, rank) for rank in range(world_size)]
 
