@@ -40,6 +40,30 @@ def test_contract(mpi_ranks, size, kind):
     assert mpi_ranks(size, check_contract, kind) == list(range(size))
 
 
+CALLS = {
+    "operation": (("all_gather", 4, torch.float32), ("all_reduce", 4, torch.float32)),
+    "shape": (("all_gather", 3, torch.float64), ("all_gather", 4, torch.float64)),
+    "dtype": (("all_reduce", 4, torch.float32), ("all_reduce", 2, torch.float64)),
+}
+
+
+@pytest.mark.parametrize("kind", [MPI, Tree])
+@pytest.mark.parametrize("calls", CALLS.values(), ids=CALLS)
+def test_calls_that_differ_are_named_on_every_rank(mpi_ranks, calls, kind):
+    def differ(rank):
+        comm = kind()
+        name, length, dtype = calls[rank // 2]  # the last of three ranks is another
+        with pytest.raises(RuntimeError) as error:
+            getattr(comm, name)(torch.ones(length, dtype=dtype))
+        assert comm.all_reduce(torch.ones(1)) == 3, "ranks that agree again go on"
+        return str(error.value)
+
+    (text,) = set(mpi_ranks(3, differ))
+    named = [f"{name} of ({n},) {str(dtype)[6:]}" for name, n, dtype in calls]
+    listed = f"rank 0: {named[0]}; rank 1: {named[0]}; rank 2: {named[1]}; every rank must"
+    assert text.startswith(f"MPI: ranks call different collectives: {listed}")
+
+
 def test_communicators_interleave(mpi_ranks):
     """Clones of one communicator, and of its parts; a rank that is left out is told."""
 

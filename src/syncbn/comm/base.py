@@ -34,6 +34,7 @@ be empty. Calls come from inside autograd functions, so collectives need no deri
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterable
 
 from torch import Tensor
 
@@ -71,3 +72,17 @@ class Local(Communicator):
 
     def all_reduce(self, tensor: Tensor) -> Tensor:
         return tensor.clone()
+
+
+def described(operation: str, tensor: Tensor) -> str:
+    """A call, as errors name it: ranks' calls agree where their descriptions do."""
+    return f"{operation} of {tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"
+
+
+def refused_calls(calls: Iterable[str]) -> str:
+    """What is wrong with collectives ``calls`` that differ, in the order of ranks."""
+    listed = "; ".join(f"rank {rank}: {call}" for rank, call in enumerate(calls))
+    return (
+        f"ranks call different collectives: {listed}; every rank must run the same layers in the "
+        "same order, and backward where the others do"
+    )

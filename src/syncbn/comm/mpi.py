@@ -9,13 +9,15 @@ import torch
 from torch import Tensor
 
 from ..checks import check_timeout
-from .base import Communicator
+from .base import Communicator, described, refused_calls
 
 if TYPE_CHECKING:
     from typing import NoReturn
 
     from mpi4py import MPI as Engine
     from typing_extensions import Self
+
+_CALL = 64  # bytes that describe a call
 
 
 class MPI(Communicator):
@@ -49,7 +51,8 @@ class MPI(Communicator):
         ValueError: ``comm`` is null: ``Split`` left this rank out, or it was freed; another
             ``timeout``.
         RuntimeError: MPI is not initialised or already finalised; in collectives, a call from a
-            thread that MPI's thread level excludes, or other ranks that are late by ``timeout``.
+            thread that MPI's thread level excludes, other ranks that are late by ``timeout``, and
+            calls that differ, named on every rank alike.
 
     Source: https://mpi4py.readthedocs.io, https://www.mpi-forum.org/docs/
 
@@ -100,7 +103,7 @@ class MPI(Communicator):
         )
 
     def _gathered(self, operation: str, local: Tensor) -> Tensor:
-        self._check()
+        self._agree(operation, local)
         byte = self._engine.BYTE  # which has no opinion on bfloat16
         gathered = local.new_empty(self.size, *local.shape)
         self._in_flight = (local, gathered)
@@ -112,7 +115,7 @@ class MPI(Communicator):
 
     def _reduced(self, total: Tensor) -> Tensor:
         """Sum in place. Not by Allreduce, whose sums may differ in their last bits among ranks."""
-        self._check()
+        self._agree("all_reduce", total)
         here = [self._memory(total), self._types[total.dtype]]
         self._in_flight = (total,)
         if self.rank == 0:
@@ -122,6 +125,20 @@ class MPI(Communicator):
         self._in_flight = (total,)
         self._wait("all_reduce", self.comm.Ibcast(here))
         return total
+
+    def _agree(self, operation: str, tensor: Tensor) -> None:
+        """Refuse calls that differ, on every rank alike: MPI would mix up their bytes.
+
+        A round of its own, as MPI's collectives take messages of one length.
+        """
+        self._check()
+        mine = described(operation, tensor).encode()[:_CALL].ljust(_CALL)
+        calls = bytearray(_CALL * self.size)
+        self._in_flight = (mine, calls)
+        self._wait(operation, self.comm.Iallgather(mine, calls))
+        if calls != mine * self.size:
+            texts = [calls[i : i + _CALL].decode().rstrip() for i in range(0, len(calls), _CALL)]
+            raise RuntimeError(f"MPI: {refused_calls(texts)}")
 
     def _memory(self, tensor: Tensor) -> Any:
         return self._engine.buffer.fromaddress(tensor.data_ptr(), tensor.nbytes)
