@@ -10,6 +10,8 @@ fixture ``ranks``, a process under mpiexec. Every rank must run the same checks 
 
 from __future__ import annotations
 
+import copy
+import pickle
 import threading
 
 import torch
@@ -135,6 +137,17 @@ def check_interleaved(comm_a: Communicator, comm_b: Communicator) -> None:
             _assert_same(received, wanted)
 
 
+def check_copies(comm: Communicator) -> None:
+    """It belongs to its process: a copy is the communicator itself, pickle refuses it."""
+    assert copy.deepcopy({"of": comm})["of"] is comm
+    said = "nothing"
+    try:
+        pickle.dumps(comm)
+    except TypeError as error:
+        said = str(error)
+    assert "cannot be pickled; construct one" in said, said
+
+
 def check_calls_from_other_threads(comm: Communicator) -> None:
     """One at a time, but each from a new thread, as where autograd runs backward."""
     found: list[Tensor | BaseException] = []
@@ -168,6 +181,7 @@ CHECKS = (
     check_many_in_a_row,
     check_every_rank_receives_the_same_bits,
     check_calls_from_other_threads,
+    check_copies,
 )
 
 

@@ -183,9 +183,6 @@ def test_copies_keep_the_communicator_and_pickles_leave_it_out(mpi_ranks):
         comm = MPI()
         layer = syncbn.SyncBatchNorm(3, process_group=comm)
         assert copy.deepcopy(layer).process_group is comm
-        assert copy.deepcopy({"of": comm})["of"] is comm
-        with pytest.raises(TypeError, match=r"MPI: .* cannot be pickled; construct one"):
-            pickle.dumps(comm)
         with pytest.warns(UserWarning, match="without its process group"):
             assert pickle.loads(pickle.dumps(layer)).process_group is None
         return repr(layer)

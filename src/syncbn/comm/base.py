@@ -21,7 +21,8 @@ What a caller may rely on and an implementer owes; tests/contract.py holds every
 - **Threads.** Calls on one communicator come one at a time, but not always from the same thread:
   torch runs backward in the caller's thread on the CPU, in a thread of its own for other devices.
 - **Lifetime.** A communicator is usable as long as the engine under it is. It owns no threads and
-  needs no closing. It is neither copied nor pickled with a layer.
+  needs no closing. It is neither copied nor pickled, alone or with a layer: ``copy.deepcopy``
+  returns the communicator itself, pickle is refused.
 - **Equality.** Two communicators over the same ranks of the same engine may compare equal; hash
   accordingly. The default, identity, is right where in doubt.
 
@@ -35,8 +36,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from typing import NoReturn
+
+    from typing_extensions import Self
 
 
 class Communicator(ABC):
@@ -59,6 +66,15 @@ class Communicator(ABC):
     @abstractmethod
     def all_reduce(self, tensor: Tensor) -> Tensor:
         """The sum over ranks of their tensors (*): (*), of the same dtype."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        return self
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(
+            f"{type(self).__name__}: a communicator belongs to its process and cannot be pickled; "
+            "construct one where it is needed"
+        )
 
 
 class Local(Communicator):

@@ -12,10 +12,7 @@ from ..checks import check_timeout
 from .base import Communicator, described, refused_calls
 
 if TYPE_CHECKING:
-    from typing import NoReturn
-
     from mpi4py import MPI as Engine
-    from typing_extensions import Self
 
 _CALL = 64  # bytes that describe a call
 
@@ -38,8 +35,6 @@ class MPI(Communicator):
     - **Failure.** MPI's launcher ends the job when a process dies. An exception is not death: its
       process waits for the others in MPI_Finalize, and they for it. Start Python with
       ``-m mpi4py``, and it ends the job too. Errors of MPI itself raise ``mpi4py.MPI.Exception``.
-    - **Copies.** ``copy.deepcopy`` returns the object itself, as it belongs to the process; pickle
-      refuses it.
 
     Args:
         comm: an intracommunicator of mpi4py, for example one from ``Split``; None is COMM_WORLD.
@@ -92,15 +87,6 @@ class MPI(Communicator):
         else:
             total = self._reduced(local.clone())
         return total.to(tensor.device)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
-        return self
-
-    def __reduce__(self) -> NoReturn:
-        raise TypeError(
-            "MPI: a communicator belongs to its process and cannot be pickled; construct one where "
-            "it is needed"
-        )
 
     def _gathered(self, operation: str, local: Tensor) -> Tensor:
         self._agree(operation, local)
