@@ -10,6 +10,10 @@ fixture ``ranks``, a process under mpiexec. Every rank must run the same checks 
 
 from __future__ import annotations
 
+import copy
+import pickle
+import threading
+
 import torch
 from torch import Tensor
 
@@ -133,6 +137,39 @@ def check_interleaved(comm_a: Communicator, comm_b: Communicator) -> None:
             _assert_same(received, wanted)
 
 
+def check_copies(comm: Communicator) -> None:
+    """It belongs to its process: a copy is the communicator itself, pickle refuses it."""
+    assert copy.deepcopy({"of": comm})["of"] is comm
+    said = "nothing"
+    try:
+        pickle.dumps(comm)
+    except TypeError as error:
+        said = str(error)
+    assert "cannot be pickled; construct one" in said, said
+
+
+def check_calls_from_other_threads(comm: Communicator) -> None:
+    """One at a time, but each from a new thread, as where autograd runs backward."""
+    found: list[Tensor | BaseException] = []
+
+    def call(name: str, mine: Tensor) -> None:
+        try:
+            found.append(getattr(comm, name)(mine))
+        except BaseException as error:
+            found.append(error)
+
+    everyones = torch.arange(float(comm.size))
+    for i in range(60):
+        for name, wanted in (("all_gather", everyones + i), ("all_reduce", (everyones + i).sum())):
+            thread = threading.Thread(target=call, args=(name, everyones[comm.rank] + i))
+            thread.start()
+            thread.join()
+            received = found.pop()
+            if isinstance(received, BaseException):
+                raise received
+            _assert_same(received, wanted)
+
+
 CHECKS = (
     check_numbering,
     check_values_and_dtypes,
@@ -143,6 +180,8 @@ CHECKS = (
     check_the_result_is_the_callers,
     check_many_in_a_row,
     check_every_rank_receives_the_same_bits,
+    check_calls_from_other_threads,
+    check_copies,
 )
 
 

@@ -66,8 +66,8 @@ if rank == 1:
     import os; os._exit(0)
 try:
     comm.all_gather(torch.ones(3))
-except RuntimeError:
-    print("ended")
+except RuntimeError as error:
+    print("ended", error, type(error.__cause__).__name__, flush=True)
     import os; os._exit(0)
 """
     processes = [
@@ -79,7 +79,9 @@ except RuntimeError:
         for rank in (0, 1)
     ]
     try:
-        assert "ended" in processes[0].communicate(timeout=60)[0]
+        said = processes[0].communicate(timeout=60)[0]
+        assert "ended ProcessGroup: all_gather failed on rank 0 of 2 (gloo): " in said
+        assert "syncbn.until_all_done(loader) RuntimeError" in said
     finally:
         for process in processes:
             process.kill()

@@ -184,13 +184,15 @@ def test_an_output_that_nobody_uses_and_a_frozen_layer():
     assert_same_state(*models)
 
 
-def test_checkpoint_around_the_whole():
-    models = twins(lambda: nn.Sequential(nn.Conv2d(2, 2, 1), nn.BatchNorm2d(2, momentum=0.0)))
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpoint_around_the_whole(reentrant):
+    models = twins(nested)
     for model, run in zip(models, (checkpoint, lambda f, x, **_: f(x)), strict=True):
         x = images(4).requires_grad_()
-        run(model, x, use_reentrant=False).sin().sum().backward()
+        run(model, x, use_reentrant=reentrant).sin().sum().backward()
         model.x = x.grad
     torch.testing.assert_close(models[0].x, models[1].x, **TOLERANCE)
+    assert_same_state(*models)
 
 
 def test_two_models_interleaved():

@@ -233,13 +233,25 @@ def test_a_thread_of_a_replica_cannot_call_its_layers():
         run(forward)
 
 
-def test_a_checkpoint_inside_says_where_it_belongs():
-    def forward(self, number, x):
-        return checkpoint(lambda x: self.one(x.sin()).sin(), x, use_reentrant=False)
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("norm", ["layer", "hidden layer", "function"])
+def test_a_checkpoint_inside_says_where_it_belongs(norm, reentrant):
+    hidden = syncbn.SyncBatchNorm1d(2)
 
-    y = run(forward, gradient=True)
-    with pytest.raises(RuntimeError, match="put the checkpoint around the whole DataParallel"):
-        y.sum().backward()
+    def normalise(self, x):
+        if norm == "function":
+            return syncbn.sync_batch_norm(x, None, None)
+        return (self.one if norm == "layer" else hidden)(x)
+
+    def forward(self, number, x):
+        return checkpoint(lambda x: normalise(self, x.sin()).sin(), x, use_reentrant=reentrant)
+
+    message = "put the checkpoint around the whole DataParallel, with use_reentrant=True"
+    with pytest.raises(RuntimeError, match=message):
+        run(forward, gradient=True).sum().backward()
+    with torch.no_grad():  # there is no backward that would compute it again
+        assert run(forward).shape == (3, 2)
 
 
 def test_a_module_elsewhere():
@@ -281,12 +293,19 @@ def test_a_process_that_is_one_of_several_ranks(ranks):
         with pytest.raises(RuntimeError, match="group of 2 ranks"):
             model(torch.ones(4, 2))
 
+        class Function(nn.Module):
+            def forward(self, x):
+                return syncbn.sync_batch_norm(x, None, None)
+
+        with pytest.raises(RuntimeError, match="got sync_batch_norm with a group of 2 ranks"):
+            syncbn.DataParallel(Function(), ["cpu"] * 2)(torch.ones(4, 2))
+
     ranks(2, refused)
 
 
 def test_one_inside_another():
     inner = syncbn.DataParallel(syncbn.convert(nested()).double(), ["cpu"] * 2)
-    with pytest.raises(RuntimeError, match="got 1 with a group of 2 ranks"):
+    with pytest.raises(RuntimeError, match="no DataParallel inside another, got one with the laye"):
         syncbn.DataParallel(nn.Sequential(inner), ["cpu"] * 2)(images(4))
 
 

@@ -97,6 +97,21 @@ def test_parameters_and_statistics_of_the_wrong_size(name, wrong, training, grou
 
 @in_and_out
 @pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("name", ["mean", "var"])
+def test_one_running_statistic_without_the_other(name, training, group):
+    layer = syncbn.SyncBatchNorm2d(3, process_group=group)
+    setattr(layer, "running_var" if name == "mean" else "running_mean", None)
+    statistics = {"running_mean": layer.running_mean, "running_var": layer.running_var}
+    for call in (
+        lambda: syncbn.sync_batch_norm(x4d(), **statistics, training=training, group=group),
+        lambda: layer.train(training)(x4d()),
+    ):
+        with pytest.raises(ValueError, match=f"both or neither, got only running_{name}$"):
+            call()
+
+
+@in_and_out
+@pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize(("params", "device"), [("cpu", "meta"), ("meta", "cpu")])
 def test_an_input_on_another_device_than_the_parameters(params, device, training, group):
     x = x4d().to(device)

@@ -79,6 +79,32 @@ def test_a_peer_that_is_gone_ends_the_job(mpi_ranks, leave):
         assert "out of data" in ended.stderr
 
 
+EARLY = """
+import time, torch, syncbn
+comm = syncbn.comm.MPI(timeout=1)
+comm.all_gather(torch.ones(3))
+if comm.rank == 0:
+    start = time.monotonic()
+    for _ in range(2):
+        try:
+            comm.{call}(torch.ones(3))
+        except RuntimeError as error:
+            print(error, flush=True)
+    assert time.monotonic() - start < 1.9, "the second call waits as well"
+    raise SystemExit("done")
+"""
+
+
+@needs_mpi
+@pytest.mark.parametrize("call", ["all_gather", "all_reduce"])
+def test_a_peer_that_ends_early_ends_the_call(call):
+    ended = execute(2, "-m", "mpi4py", "-c", EARLY.format(call=call), timeout=60)
+    assert ended.stdout.count(f"MPI: {call}: rank 0 of 2 waited 1 s for other ranks; every") == 2
+    assert "syncbn.until_all_done(loader, comm)" in ended.stdout
+    assert ended.code != 0
+    assert "done" in ended.stderr
+
+
 WITHOUT = """
 import sys
 import syncbn

@@ -229,6 +229,8 @@ def test_an_interrupt_while_waiting_ends_the_others():
         ({"world_size": 2, "timeout": 0}, ValueError, "expected 0 < timeout"),
         ({"world_size": 2, "timeout": float("inf")}, ValueError, "got inf; it is in seconds"),
         ({"world_size": 2, "timeout": float("nan")}, ValueError, "got nan"),
+        ({"world_size": 2, "timeout": None}, TypeError, "seconds as timeout, got NoneType"),
+        ({"world_size": 2, "timeout": "3"}, TypeError, "seconds as timeout, got str"),
     ],
 )
 def test_options(arguments, error, text):

@@ -1,7 +1,8 @@
-"""What sync_batch_norm refuses, and what it says then: expected, got, remedy."""
+"""What sync_batch_norm refuses and says then: expected, got, remedy. Whether it runs again."""
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import torch
@@ -112,6 +113,19 @@ def _refuse(name: str, tensor: Any, input: Tensor) -> None:
     )
 
 
+def check_timeout(operation: str, timeout: float) -> None:
+    """Refuse what threads cannot wait for: no seconds, or too many."""
+    if isinstance(timeout, bool) or not isinstance(timeout, (int, float)):
+        raise TypeError(
+            f"{operation}: expected a number of seconds as timeout, got {type(timeout).__name__}"
+        )
+    if not 0 < timeout <= threading.TIMEOUT_MAX:
+        raise ValueError(
+            f"{operation}: expected 0 < timeout ≤ {threading.TIMEOUT_MAX:g}, got {timeout}; it is "
+            "in seconds, of waiting for the other ranks"
+        )
+
+
 def check_not_reproducible(reproducible: bool) -> None:
     """Refuse what DataParallel doesn't do."""
     if reproducible:
@@ -119,3 +133,11 @@ def check_not_reproducible(reproducible: bool) -> None:
             "sync_batch_norm: reproducible=True is for ranks; within syncbn.DataParallel leave it "
             "out, or use DistributedDataParallel with one process per device"
         )
+
+
+def recomputing() -> bool:
+    """Whether backward runs in this thread: a forward in it is activation checkpointing's second.
+
+    Running statistics moved the first time around.
+    """
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1

@@ -12,7 +12,7 @@ import torch.nn as nn
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
-from .comm import Crew, Replica, resolve
+from .comm import Crew, Replica, refused_group, resolve
 from .modules import SyncBatchNorm
 from .scatter import gather, scatter
 
@@ -29,6 +29,11 @@ class DataParallel(nn.DataParallel[ModuleT]):
     ``module``, running statistics in its buffers, once per forward. Plain BatchNorm layers are left
     as they are; :func:`syncbn.convert` them. For speed, and beyond one machine, use
     torch.nn.parallel.DistributedDataParallel.
+
+    Synchronised layers and functions run in the thread of their replica: not in threads that its
+    forward starts, where a function, or a layer that isn't registered, normalises alone. Put
+    activation checkpointing around the whole, ``checkpoint(parallel, x, use_reentrant=True)``: the
+    other form saves no memory there.
 
     A torch.nn.DataParallel to whoever asks: ``.module``, state dict keys and the semantics of
     inputs, hooks and module attributes (those set in forward are lost) are the same.
@@ -51,8 +56,10 @@ class DataParallel(nn.DataParallel[ModuleT]):
     Raises:
         TypeError, ValueError: no module, no devices; outputs that differ in structure.
         RuntimeError: parameters elsewhere or uninitialised; a layer that has a group of several
-            ranks; replicas that do not run the same synchronised layers in the same order. What a
-            replica raises is raised with its type and traceback, naming the replica.
+            ranks; replicas that do not run the same synchronised layers in the same order;
+            activation checkpointing inside a replica. What a replica raises is raised with its
+            traceback, naming the replica, and with its type where that takes one message.
+        ValueError, in forward: a layer that is ``reproducible``.
 
     Source: https://docs.pytorch.org/docs/stable/generated/torch.nn.DataParallel.html;
     https://github.com/vacancy/Synchronized-BatchNorm-PyTorch
@@ -146,13 +153,14 @@ def _check(module: nn.Module, device: torch.device) -> None:
                 "wrapped by torch.compile(); give DataParallel the module itself"
             )
         if isinstance(layer, SyncBatchNorm) and layer.training:
-            ranks = resolve(layer.process_group).size
-            if ranks > 1:
+            comm = resolve(layer.process_group)
+            if isinstance(comm, Replica):
                 raise RuntimeError(
-                    f"DataParallel: expected layers without a group, whose replicas in this "
-                    f"process are to be synchronised, got {name or 'a layer'} with a group of "
-                    f"{ranks} ranks; use DistributedDataParallel with one process per device"
+                    "DataParallel: expected no DataParallel inside another, got one with the layer "
+                    f"{name!r} in a replica of {comm.size}; list all devices in the outer one"
                 )
+            if comm.size > 1:
+                raise RuntimeError(refused_group(name or "a layer", comm.size))
 
 
 def _run(

@@ -10,7 +10,13 @@ from torch import Tensor
 
 from . import local
 from .autograd import synchronised
-from .checks import check_input, check_not_reproducible, check_options, check_tensors
+from .checks import (
+    check_input,
+    check_not_reproducible,
+    check_options,
+    check_tensors,
+    recomputing,
+)
 from .comm import LOCAL, Replica, refuse_join, resolve
 from .joint import together
 from .kernels import serving
@@ -142,7 +148,7 @@ def _whole(
     alone = comm.size == 1 and (silent or not reproducible)
     if not tracing:  # a trace would record the checks, with warnings
         check_options(0.0 if momentum is None else momentum, eps)
-        if training and alone and local.serves(input, weight, bias, running_mean, running_var):
+        if training and alone and local.serves(input, running_mean, running_var, weight, bias):
             try:
                 return local.batch_norm(
                     *(input, weight, bias, running_mean, running_var, num_batches_tracked),
@@ -176,11 +182,6 @@ def _whole(
     if num_batches_tracked is not None:
         num_batches_tracked.add_(1)
     return y
-
-
-def recomputing() -> bool:
-    """Whether backward is running: a forward inside it is activation checkpointing's second."""
-    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
 def _mixed(statistics: torch.dtype, input: Tensor, weight: Tensor | None) -> bool:

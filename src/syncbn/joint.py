@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .checks import recomputing
 from .comm import Replica
 from .kernels import Kernels, composite, serving
 from .moments import merge, unpack
@@ -49,6 +50,8 @@ def _all(shares: list[tuple[Any, Any]]) -> Sequence[Tensor]:
             "use a larger batch or call eval() on the layer"
         )
     rest = shares[0][1]
+    if recomputing():  # which the replicas' own threads cannot tell
+        rest = (None, None, None, *rest[3:])
     with torch.enable_grad():  # each replica has said whether it wants a graph
         ys: Sequence[Tensor] = _Joint.apply(rest, *(t for tensors, _ in shares for t in tensors))  # type: ignore[no-untyped-call]
     return ys

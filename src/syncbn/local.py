@@ -15,13 +15,18 @@ from .differentiable import differentiable_gradients
 from .kernels import native, native_serves
 
 
-def serves(x: Tensor, *others: Tensor | None) -> bool:
-    """Whether :func:`batch_norm` takes x, with parameters and statistics ``others``.
+def serves(
+    x: Tensor, running_mean: Tensor | None, running_var: Tensor | None, *others: Tensor | None
+) -> bool:
+    """Whether :func:`batch_norm` takes x, with statistics and parameters ``others``.
 
-    A single value per channel is left to torch, which has an error for it; so are torch.compile,
-    which fuses torch's own operator, torch.func and forward-mode derivatives.
+    One running statistic without the other and a single value per channel are left to those who
+    have an error for them; so are torch.compile, which fuses torch's own operator, torch.func and
+    forward-mode derivatives.
     """
-    for other in others:  # a loop takes half the time of all()
+    if (running_mean is None) != (running_var is None):
+        return False
+    for other in (running_mean, running_var, *others):  # a loop takes half the time of all()
         if other is not None and not other.is_cpu:
             return False
     return (

@@ -21,7 +21,8 @@ What a caller may rely on and an implementer owes; tests/contract.py holds every
 - **Threads.** Calls on one communicator come one at a time, but not always from the same thread:
   torch runs backward in the caller's thread on the CPU, in a thread of its own for other devices.
 - **Lifetime.** A communicator is usable as long as the engine under it is. It owns no threads and
-  needs no closing. It is neither copied nor pickled with a layer.
+  needs no closing. It is neither copied nor pickled, alone or with a layer: ``copy.deepcopy``
+  returns the communicator itself, pickle is refused.
 - **Equality.** Two communicators over the same ranks of the same engine may compare equal; hash
   accordingly. The default, identity, is right where in doubt.
 
@@ -34,8 +35,15 @@ be empty. Calls come from inside autograd functions, so collectives need no deri
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from typing import NoReturn
+
+    from typing_extensions import Self
 
 
 class Communicator(ABC):
@@ -59,6 +67,15 @@ class Communicator(ABC):
     def all_reduce(self, tensor: Tensor) -> Tensor:
         """The sum over ranks of their tensors (*): (*), of the same dtype."""
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        return self
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(
+            f"{type(self).__name__}: a communicator belongs to its process and cannot be pickled; "
+            "construct one where it is needed"
+        )
+
 
 class Local(Communicator):
     """One rank alone: its collectives are identities and no message is sent."""
@@ -71,3 +88,17 @@ class Local(Communicator):
 
     def all_reduce(self, tensor: Tensor) -> Tensor:
         return tensor.clone()
+
+
+def described(operation: str, tensor: Tensor) -> str:
+    """A call, as errors name it: ranks' calls agree where their descriptions do."""
+    return f"{operation} of {tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"
+
+
+def refused_calls(calls: Iterable[str]) -> str:
+    """What is wrong with collectives ``calls`` that differ, in the order of ranks."""
+    listed = "; ".join(f"rank {rank}: {call}" for rank, call in enumerate(calls))
+    return (
+        f"ranks call different collectives: {listed}; every rank must run the same layers in the "
+        "same order, and backward where the others do"
+    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -57,19 +58,35 @@ class ProcessGroup(Communicator):
         if self._direct(tensor):
             copies = tensor.expand(self.size, *tensor.shape).contiguous()
             gathered = torch.empty_like(copies)
-            dist.all_to_all_single(gathered, copies, group=self.group)
+            self._run("all_gather", dist.all_to_all_single, gathered, copies)
         else:
             gathered = tensor.new_empty(self.size, *tensor.shape)
             # Not all_gather_into_tensor: some backends lack it, torch 2.13 warns of its new name.
-            dist.all_gather(list(gathered.unbind(0)), tensor.contiguous(), group=self.group)
+            rows = list(gathered.unbind(0))
+            self._run("all_gather", dist.all_gather, rows, tensor.contiguous())
         return gathered
 
     def all_reduce(self, tensor: Tensor) -> Tensor:
         if self._direct(tensor):
             return self.all_gather(tensor).sum(0)
         total = tensor.clone()
-        dist.all_reduce(total, group=self.group)
+        self._run("all_reduce", dist.all_reduce, total)
         return total
+
+    def _run(self, operation: str, collective: Callable[..., Any], *tensors: Any) -> None:
+        """``collective(*tensors)`` in this group. The backends' errors name neither."""
+        if torch.compiler.is_compiling():
+            collective(*tensors, group=self.group)
+            return
+        try:
+            collective(*tensors, group=self.group)
+        except RuntimeError as error:
+            raise type(error)(
+                f"ProcessGroup: {operation} failed on rank {self.rank} of {self.size} "
+                f"({dist.get_backend(self.group)}): {error}; another rank has ended, is late by "
+                "the group's timeout, or makes other calls: see its error, and where loaders "
+                "differ in length iterate over syncbn.until_all_done(loader)"
+            ) from error
 
     def _direct(self, tensor: Tensor) -> bool:
         return tensor.device.type == "cpu" and self.size <= self.few

@@ -7,10 +7,12 @@ graph, and hands out the results. So backward, which is one thread's, never wait
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from queue import SimpleQueue
+from types import FrameType
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -35,6 +37,7 @@ class Crew:
     def __init__(self, names: Sequence[str], in_turns: bool) -> None:
         self.names = names
         self._in_turns = in_turns
+        self._backward_may = torch.is_grad_enabled()  # come: a checkpoint turns it off in replicas
         self._running = 0
         self._events: SimpleQueue[tuple[int, Any]] = SimpleQueue()
         self._answers: list[SimpleQueue[Any]] = [SimpleQueue() for _ in names]
@@ -72,12 +75,13 @@ class Crew:
 
     def arrive(self, rank: int, arrival: _Arrival) -> Any:
         """What :meth:`Replica.meet` returns: the replica's share of the meeting's results."""
-        if getattr(_thread, "crew", None) is not self:
+        if getattr(_thread, "crew", None) is not self or (self._backward_may and _checkpointed()):
             raise RuntimeError(
                 f"{arrival.layer} of {self.names[rank]}: expected to run in the forward of its "
-                "replica, got a call from elsewhere; a replica's synchronised layers cannot be "
-                "called by threads of its own, or again in backward by activation checkpointing: "
-                "put the checkpoint around the whole DataParallel"
+                "replica, once, got a call from elsewhere or from a checkpoint; a replica's "
+                "synchronised layers cannot be called by threads of its own, or again in backward "
+                "by activation checkpointing: put the checkpoint around the whole DataParallel, "
+                "with use_reentrant=True (the other form saves no memory there)"
             )
         self._events.put((rank, arrival))
         answer = self._answers[rank].get()
@@ -187,6 +191,15 @@ def current_replica() -> Replica | None:
     return replica
 
 
+def refused_group(what: str, size: int) -> str:
+    """Why replicas cannot be synchronised over a group of ``size`` ranks as well."""
+    return (
+        f"DataParallel: expected layers without a group, whose replicas in this process are to be "
+        f"synchronised, got {what} with a group of {size} ranks; use DistributedDataParallel with "
+        "one process per device"
+    )
+
+
 class _Arrival(NamedTuple):
     layer: str
     value: Any
@@ -195,6 +208,18 @@ class _Arrival(NamedTuple):
 
 class _Ended(BaseException):
     """Unwinds a replica whose peers will not come; no Exception, which a model might catch."""
+
+
+def _checkpointed() -> bool:
+    """Whether this thread is in torch's activation checkpointing.
+
+    Called again in backward, outside of any replica, sync_batch_norm could not tell whose batch it
+    has. So it is refused in forward already.
+    """
+    frame: FrameType | None = sys._getframe()
+    while frame is not None and frame.f_globals.get("__name__") != "torch.utils.checkpoint":
+        frame = frame.f_back
+    return frame is not None
 
 
 def _stacks(tensors: list[Tensor]) -> list[Tensor]:

@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from .base import Communicator
+from ..checks import check_timeout
+from .base import Communicator, described, refused_calls
 
 
 def threads(world_size: int, *, timeout: float = 300.0) -> list[Threads]:
@@ -50,11 +51,7 @@ def threads(world_size: int, *, timeout: float = 300.0) -> list[Threads]:
         raise TypeError(f"threads: expected an int as world_size, got {type(world_size).__name__}")
     if world_size < 1:
         raise ValueError(f"threads: expected a world_size of at least 1, got {world_size}")
-    if not 0 < timeout <= threading.TIMEOUT_MAX:
-        raise ValueError(
-            f"threads: expected 0 < timeout ≤ {threading.TIMEOUT_MAX:g}, got {timeout}; it is in "
-            "seconds, of waiting for the other ranks"
-        )
+    check_timeout("threads", timeout)
     group = _Group(world_size, timeout)
     return [Threads(group, rank) for rank in range(world_size)]
 
@@ -197,11 +194,9 @@ class _Group:
     def _conclude(self, this: _Round) -> None:
         """The last rank to arrive works for all. The result is set when all calls agree."""
         calls = [this.calls[rank] for rank in range(self.size)]
-        if len({_described(call) for call in calls}) > 1:
-            self.end(
-                f"ranks call different collectives: {self._calls(this)}; every rank must run the "
-                "same layers in the same order, and backward where the others do"
-            )
+        texts = [described(*call) for call in calls]
+        if len(set(texts)) > 1:
+            self.end(refused_calls(texts))
             return
         with torch.no_grad():
             gathered = torch.stack([tensor for _, tensor in calls])
@@ -233,17 +228,13 @@ class _Group:
         return f"{_names(missing)} {'has' if len(missing) == 1 else 'have'}"
 
     def _calls(self, this: _Round) -> str:
-        calls = (_described(this.calls.get(rank)) for rank in range(self.size))
+        calls = [
+            described(*this.calls[rank]) if rank in this.calls else "no call"
+            for rank in range(self.size)
+        ]
         return "; ".join(f"rank {rank}: {call}" for rank, call in enumerate(calls))
 
 
 def _names(ranks: Iterable[int]) -> str:
     numbers = sorted(ranks)
     return f"rank{'s' if len(numbers) > 1 else ''} {', '.join(map(str, numbers))}"
-
-
-def _described(call: tuple[str, Tensor] | None) -> str:
-    if call is None:
-        return "no call"
-    operation, tensor = call
-    return f"{operation} of {tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"
