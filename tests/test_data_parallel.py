@@ -243,6 +243,17 @@ class Modes(nn.Module):
         return self.norm(x)
 
 
+def test_replicas_make_tensors_where_the_caller_does():
+    class Makes(nn.Module):
+        def forward(self, x):
+            assert torch.ones(1).device.type == torch.get_default_device().type == "meta"
+            return x
+
+    x = images(4)
+    with torch.device("meta"):
+        syncbn.DataParallel(Makes(), CPUS)(x)
+
+
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize(
     "mode",

@@ -309,6 +309,27 @@ def test_one_inside_another():
         syncbn.DataParallel(nn.Sequential(inner), ["cpu"] * 2)(images(4))
 
 
+def test_a_trace_or_an_export():
+    parallel = syncbn.DataParallel(nn.Linear(2, 2), CPUS)
+    for record in (
+        lambda: torch.jit.trace(parallel, numbered()),
+        lambda: torch.export.export(parallel, (numbered(),), strict=False),
+    ):
+        with pytest.raises(RuntimeError, match=r"cannot follow replicas; use \.module"):
+            record()
+    torch.jit.trace(parallel.module, numbered())
+
+
+def test_a_mask_for_the_whole_batch():
+    parallel = syncbn.DataParallel(nn.Sequential(syncbn.SyncBatchNorm1d(2)), CPUS)
+    mask = torch.ones(3, dtype=torch.bool)
+    with (
+        syncbn.masking(parallel, mask),
+        pytest.raises(ValueError, match="make the mask an input of its module"),
+    ):
+        parallel(numbered())
+
+
 def test_torchs_replicas_are_refused_in_training_only():
     layer = syncbn.SyncBatchNorm1d(2)
     replica = layer._replicate_for_data_parallel()

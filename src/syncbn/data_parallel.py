@@ -18,6 +18,7 @@ from .scatter import gather, scatter
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 Device = int | str | torch.device
+_TRACED = "DataParallel: torch.jit.trace and torch.export cannot follow replicas; use .module"
 
 
 class DataParallel(nn.DataParallel[ModuleT]):
@@ -30,8 +31,7 @@ class DataParallel(nn.DataParallel[ModuleT]):
     as they are; :func:`syncbn.convert` them. For speed, and beyond one machine, use
     torch.nn.parallel.DistributedDataParallel.
 
-    Synchronised layers and functions run in the thread of their replica: not in threads that its
-    forward starts, where a function, or a layer that isn't registered, normalises alone. Put
+    In threads that a replica starts, a function or an unregistered layer normalises alone. Put
     activation checkpointing around the whole, ``checkpoint(parallel, x, use_reentrant=True)``: the
     other form saves no memory there.
 
@@ -54,12 +54,12 @@ class DataParallel(nn.DataParallel[ModuleT]):
         other values must be equal.
 
     Raises:
-        TypeError, ValueError: no module, no devices; outputs that differ in structure.
+        TypeError, ValueError: no module, no devices; outputs that differ in structure; a layer
+            that is ``reproducible``.
         RuntimeError: parameters elsewhere or uninitialised; a layer that has a group of several
             ranks; replicas that do not run the same synchronised layers in the same order;
             activation checkpointing inside a replica. What a replica raises is raised with its
             traceback, naming the replica, and with its type where that takes one message.
-        ValueError, in forward: a layer that is ``reproducible``.
 
     Source: https://docs.pytorch.org/docs/stable/generated/torch.nn.DataParallel.html;
     https://github.com/vacancy/Synchronized-BatchNorm-PyTorch
@@ -102,6 +102,8 @@ class DataParallel(nn.DataParallel[ModuleT]):
         devices = self.devices
         if not devices:
             return self.module(*inputs, **kwargs)
+        if len(devices) > 1 and (torch.jit.is_tracing() or torch.compiler.is_exporting()):  # type: ignore[attr-defined, no-untyped-call]
+            raise RuntimeError(_TRACED)
         _check(self.module, devices[0])
         # without any input there is nothing to do on more than one device
         used = devices if inputs or kwargs else devices[:1]
@@ -196,6 +198,7 @@ def _place(device: torch.device) -> Callable[[], ExitStack]:
         for kind in {"cpu", device.type}
     ]
     cache = torch.is_autocast_cache_enabled()
+    default = torch.get_default_device()  # of new tensors
     backend = None if device.type in ("cpu", "mps") else torch.get_device_module(device)
     stream = backend.current_stream(device) if backend else None
 
@@ -204,6 +207,8 @@ def _place(device: torch.device) -> Callable[[], ExitStack]:
         if backend:
             stack.enter_context(backend.device(device))
             stack.enter_context(backend.stream(stream))
+        if default.type != "cpu":  # its index is the caller's
+            stack.enter_context(device if default.type == device.type else default)
         stack.enter_context(torch.inference_mode(inference))
         stack.enter_context(torch.set_grad_enabled(grad))
         for kind, dtype, enabled in casts:

@@ -73,7 +73,8 @@ def _supplier(name: str, mask: Any) -> Callable[..., Any]:
         except (TypeError, ValueError) as error:
             raise type(error)(
                 f"masking: layer {name!r}: {error}; where the length changes inside the model, "
-                "give a function of the layer's name and input"
+                "give a function of the layer's name and input, and where a DataParallel splits "
+                "the batch, make the mask an input of its module"
             ) from None
         return args, {**kwargs, "mask": own}
 
