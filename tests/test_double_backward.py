@@ -138,3 +138,19 @@ def test_third_derivatives_too(ranks):
         return torch.autograd.gradcheck(second, x)
 
     assert all(ranks(2, run))
+
+
+def test_an_input_that_wants_a_gradient_on_one_rank_only(ranks):
+    """Every rank's graph holds the same exchanges; no rank waits for ever."""
+    x = torch.randn(4, 2, 3, dtype=torch.float64)
+
+    def run(rank):
+        layer = syncbn.SyncBatchNorm(2, dtype=torch.float64)
+        mine = x[2 * rank : 2 * rank + 2].clone().requires_grad_(rank == 0)
+        wanted = [layer.weight, *([mine] if rank == 0 else [])]
+        y = layer(mine).pow(3).sum()
+        first = torch.autograd.grad(y, wanted, create_graph=True)
+        sum(gradient.square().sum() for gradient in first).backward()
+        return None if mine.grad is None else mine.grad.abs().max()
+
+    assert ranks(2, run)[0] > 0

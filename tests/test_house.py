@@ -12,7 +12,7 @@ import syncbn
 SOURCE = Path(syncbn.__file__).parent
 # From the ground up. A room imports from rooms on floors below its own, never from its own floor.
 FLOORS = (
-    {"_version", "checks", "empty", "masks", "moments", "scatter"},
+    {"_version", "checks", "empty", "masks", "moments", "recomputation", "scatter"},
     {"reproducible"},
     {"comm", "kernels"},
     {"differentiable", "share"},

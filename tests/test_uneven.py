@@ -201,3 +201,28 @@ def test_wrong_arguments(arguments, error, words):
 def test_batches_that_cannot_be_counted(batch):
     with pytest.raises((TypeError, ValueError), match=r"until_all_done: expected .* pass empty="):
         list(syncbn.until_all_done([batch]))
+
+
+def test_checkpoints_recompute_on_all_ranks_or_none(ranks):
+    """Looking for layers that can't go backward must not start a checkpoint's second forward."""
+    from torch.utils.checkpoint import checkpoint
+
+    class Network(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.block = torch.nn.Sequential(
+                torch.nn.Conv2d(2, 3, 1), torch.nn.BatchNorm2d(3), torch.nn.ReLU()
+            )
+            self.head = torch.nn.Conv2d(3, 1, 1)
+
+        def forward(self, x):
+            return self.head(checkpoint(self.block, x, use_reentrant=False))
+
+    def run(rank):
+        model = syncbn.convert(Network())
+        for x in syncbn.until_all_done([torch.randn(2, 2, 4, 4)] * (3 - 2 * rank), model=model):
+            model(x.requires_grad_()).sum().backward()
+        return int(model.block[1].num_batches_tracked)
+
+    assert ranks(2, run) == [3, 3]

@@ -35,9 +35,9 @@ def synchronised(
     wants_gradient = grad_enabled and any(t is not None and t.requires_grad for t in tensors)
     # A rank none of whose tensors want a gradient still owes its peers a backward if one of them
     # does. An empty tensor that wants one gives it a graph; forward takes the graph away again
-    # when the ranks turn out to agree that nobody needs it.
+    # when the ranks turn out to agree that nobody needs it. A compiled graph is fixed before.
     anchor = None
-    if grad_enabled and not wants_gradient:
+    if grad_enabled and not wants_gradient and not torch.compiler.is_compiling():
         anchor = torch.empty(0, device=input.device, requires_grad=True)
     result: Tensor = _SyncBatchNorm.apply(  # type: ignore[no-untyped-call]
         *(input, weight, bias, anchor, wants_gradient),
@@ -66,7 +66,11 @@ class _SyncBatchNorm(torch.autograd.Function):
         sent = pad(share.moments(x), (1, 0), value=float(wants_gradient))
         received = share.comm.all_gather(sent)
         sets = share.merge_moments(received[:, 1:])
-        _check_count(x, sets, share.comm)
+        if torch.compiler.is_compiling():
+            alone = torch.is_grad_enabled() and not wants_gradient
+            _check_in_graph(x, sets, received[:, 0] if alone else None)
+        else:
+            _check_count(x, sets, share.comm)
         y, mean, invstd, count = share.kernels.normalise(
             *(x, sets, weight, bias, running_mean, running_var, num_batches_tracked, momentum, eps)
         )
@@ -106,4 +110,26 @@ def _check_count(x: Tensor, sets: Tensor, comm: Communicator) -> None:
             f"Expected more than 1 value per channel when training, got input size {x.shape} on "
             f"rank {comm.rank} and 1 value per channel on all {comm.size} ranks together; "
             "use a larger batch or call eval() on the layer"
+        )
+
+
+def _check_in_graph(x: Tensor, sets: Tensor, wanting: Tensor | None) -> None:
+    """The same in a compiled graph, which cannot branch on what it receives.
+
+    wanting: which ranks want a gradient, given where this one has nothing that does.
+    """
+    from torch.fx.experimental.symbolic_shapes import guard_or_true  # imports sympy
+
+    if guard_or_true(x.numel() // x.shape[1] <= 1):
+        torch._assert_async(
+            sets[:, 0].sum() != 1,
+            "Expected more than 1 value per channel when training, got 1 on all ranks together; "
+            "use a larger batch or call eval() on the layer",
+        )
+    if wanting is not None:
+        torch._assert_async(
+            ~wanting.any(),
+            "sync_batch_norm: expected a compiled layer to want a gradient on all ranks or none, "
+            "got none on this rank and one on another; let its input or parameters require grad "
+            "on every rank alike, or don't compile it",
         )

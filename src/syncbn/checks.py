@@ -133,11 +133,3 @@ def check_not_reproducible(reproducible: bool) -> None:
             "sync_batch_norm: reproducible=True is for ranks; within syncbn.DataParallel leave it "
             "out, or use DistributedDataParallel with one process per device"
         )
-
-
-def recomputing() -> bool:
-    """Whether backward runs in this thread: a forward in it is activation checkpointing's second.
-
-    Running statistics moved the first time around.
-    """
-    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1

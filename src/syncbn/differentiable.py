@@ -25,13 +25,17 @@ def differentiable_gradients(
     dy, x: (N, C, *); weight: (C,) or None.
     """
     packed = composite.measure(x)
-    # Without values a rank's numbers are constants; tied to x it still takes part in backward.
-    tie = (x.sum() + dy.sum()).to(packed.dtype) if x.numel() == 0 else 0
+    # A rank without values, or whose x wants no gradient, would leave collectives out of its graph.
+    tie = packed.new_zeros(())
+    for tensor in (x, dy, weight):
+        if tensor is not None:
+            tie = tie + tensor.flatten()[:0].sum()
     count, mean, m2 = merge(unpack(_gather(packed + tie, comm)))
     invstd = (m2 / count.clamp_min(1) + eps).rsqrt()
     sums = composite.gradient_sums(dy, x, mean, invstd) + tie
-    dx = composite.input_gradient(dy, x, weight, mean, invstd, _reduce(sums, comm), count)
-    return dx, sums
+    total = _reduce(sums, comm)
+    dx = composite.input_gradient(dy, x, weight, mean, invstd, total, count)
+    return dx, sums + total.flatten()[:0].sum()
 
 
 class _AllGather(torch.autograd.Function):

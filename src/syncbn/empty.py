@@ -124,8 +124,10 @@ def _watch(name: str, layer: nn.Module, running: list[Any], hooks: ExitStack) ->
 def _try_backward(layer: nn.Module, inputs: tuple[Any, ...], result: Any) -> None:
     """Go backward through an empty result of one of torch's layers, so that it fails here if ever.
 
-    Layers of others are left out: their backward may communicate.
+    Layers of others are left out, and what is inside a checkpoint: their backward may communicate.
     """
+    if not torch.compiler.is_compiling() and _hooked():
+        return
     torchs = type(layer).__module__.startswith("torch.nn.modules.")
     if not torchs or isinstance(layer, nn.SyncBatchNorm) or any(True for _ in layer.children()):
         return
@@ -134,6 +136,11 @@ def _try_backward(layer: nn.Module, inputs: tuple[Any, ...], result: Any) -> Non
         torch.autograd.grad(
             result, wanting, torch.empty_like(result), retain_graph=True, allow_unused=True
         )
+
+
+def _hooked() -> bool:
+    """Whether saved tensors go through hooks, as in activation checkpointing, which recomputes."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
 
 
 def _cannot(name: str, layer: nn.Module, inputs: Any, error: Exception) -> str:

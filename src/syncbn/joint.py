@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .checks import recomputing
 from .comm import Replica
 from .kernels import Kernels, composite, serving
 from .moments import merge, unpack
+from .recomputation import recomputing
 
 
 def together(

@@ -46,12 +46,11 @@ def measure(x: Tensor) -> Tensor:
     wide = wide_dtype(x.device)
     channels = x.shape[1]
     count = x.numel() // channels
-    if count == 0:
-        return torch.zeros(1 + 2 * channels, dtype=wide, device=x.device)
+    divisor = max(count, 1)
     values = _arithmetic(x)
-    shift = (_sum(values.detach(), wide) / count).to(values.dtype)
+    shift = (_sum(values.detach(), wide) / divisor).to(values.dtype)
     centred = values - _per_channel(shift, x)
-    delta = _sum(centred, wide) / count
+    delta = _sum(centred, wide) / divisor
     m2 = _sum(centred.square(), wide) - count * delta.square()
     moments = Moments(m2.new_full((), count), shift.to(wide) + delta, m2.clamp_min(0))
     return moments.pack()
@@ -100,8 +99,6 @@ def normalise(
 
 def gradient_sums(dy: Tensor, x: Tensor, mean: Tensor, invstd: Tensor) -> Tensor:
     """(Σdy, Σdy·x̂) per channel, (2, C), where x̂ = (x − mean)·invstd. dy, x: (N, C, *)."""
-    if x.numel() == 0:
-        return mean.new_zeros(2, mean.numel())
     gradients, values = _arithmetic(dy), _arithmetic(x)
     shift = mean.to(values.dtype)
     total = _sum(gradients, mean.dtype)
@@ -140,7 +137,7 @@ def measure_samples(x: Tensor, lengths: Tensor | None) -> Tensor:
     See :mod:`syncbn.reproducible`. A sample is an element of dimension 0, or lengths (N,) of them.
     """
     packed = [measure(sample) for sample in _samples(x, lengths)]
-    return reproducible.represent_moments(_stack(packed, 1 + 2 * x.shape[1], x))
+    return reproducible.represent_moments(torch.stack(packed))
 
 
 def merge_samples(received: Tensor) -> Tensor:
@@ -154,7 +151,7 @@ def gradient_sums_samples(
     """The representation (6, 2C) of the gradient sums, each sample's summed by itself."""
     pairs = zip(_samples(dy, lengths), _samples(x, lengths), strict=True)
     sums = [gradient_sums(*pair, mean, invstd).flatten() for pair in pairs]
-    return reproducible.represent(_stack(sums, 2 * x.shape[1], x))
+    return reproducible.represent(torch.stack(sums))
 
 
 def total_samples(received: Tensor) -> Tensor:
@@ -163,16 +160,15 @@ def total_samples(received: Tensor) -> Tensor:
 
 
 def _samples(x: Tensor, lengths: Tensor | None) -> Sequence[Tensor]:
+    """Also without samples one of no values, so that what is sent in backward depends on dy:
+
+    torch.compile moves into forward what does not, out of step with the other ranks.
+    """
     if not len(x):
-        return ()
+        return (x,)
     sizes = 1 if lengths is None else lengths.tolist()
     samples: Sequence[Tensor] = x.split(sizes)  # type: ignore[no-untyped-call]
     return samples
-
-
-def _stack(rows: Sequence[Tensor], width: int, x: Tensor) -> Tensor:
-    """Rows (N, width), also where N is 0."""
-    return torch.stack(list(rows)) if rows else x.new_zeros(0, width, dtype=torch.float64)
 
 
 def _arithmetic(x: Tensor) -> Tensor:
