@@ -9,7 +9,7 @@ import torch
 from mpijob import Job, missing
 from ranks import Worlds
 
-pytest.register_assert_rewrite("cases", "contract", "layers", "oracle", "replicas")
+pytest.register_assert_rewrite("cases", "compiling", "contract", "layers", "oracle", "replicas")
 torch.set_num_threads(1)  # of this process; other runs on the machine make more threads slow
 
 common = {"deadline": None, "print_blob": True}

@@ -92,6 +92,15 @@ class ProcessGroup(Communicator):
         return tensor.device.type == "cpu" and self.size <= self.few
 
 
+class _Traced(ProcessGroup):
+    """A group while torch.compile traces: the graph knows it by its name."""
+
+    rank, size = 0, 1
+
+    def __init__(self, name: Any, rank: int, size: int) -> None:
+        self.group, self.rank, self.size = name, rank, size
+
+
 def subgroups(size: int) -> Any:
     """What ``process_group`` stands for groups of ``size`` consecutive ranks, on this rank.
 
@@ -137,11 +146,28 @@ def default_group() -> ProcessGroup | None:
     """The default group, or None where torch.distributed is missing or not initialised."""
     if dist.is_available() and dist.is_initialized():
         world = dist.group.WORLD
-        return None if world is None else ProcessGroup(world)
+        if world is not None:
+            return _Traced(*_facts(world)) if torch.compiler.is_compiling() else ProcessGroup(world)
     return None
 
 
 def from_torch(group: Any) -> ProcessGroup:
+    """:func:`_from_torch`, also while torch.compile traces."""
+    return _Traced(*_facts(group)) if torch.compiler.is_compiling() else _from_torch(group)
+
+
+def _facts(group: Any) -> tuple[str, int, int]:
+    """Name, rank and size of a group."""
+    comm = _from_torch(getattr(group, "real_obj", group))  # which torch.compile has wrapped
+    return comm.group.group_name, comm.rank, comm.size
+
+
+# torch.compile calls it while it traces and traces anew for another group: of one that is used by
+# what it traces, it would guard no more than the type. See kernels/__init__.py.
+_facts._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def _from_torch(group: Any) -> ProcessGroup:
     """The communicator over a torch.distributed group or a one-dimensional DeviceMesh.
 
     Raises:
