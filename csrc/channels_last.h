@@ -2,15 +2,22 @@
 //
 // Included once per instruction set, inside its namespace (see loops.h).
 
-// How many rows are summed in the arithmetic's own precision before the sums go on in double, and
-// how many channels go through them together, with their sums in a few kilobytes.
+// How many rows are summed in the arithmetic's own precision before the sums go on in double.
 constexpr int64_t row_block = 32;
-constexpr int64_t few_rows = 16;  // where nothing is summed
-constexpr int64_t widest_tile = 512;
+constexpr int64_t first_rows = row_block / 4;  // see first_chunk in contiguous.h
 
-// Calls body(first, rows) for each block of at most `most` rows that lie equally spaced.
-template <int64_t most, class Body>
-SYNCBN_INLINE void for_row_blocks(const View& x, const Tile& t, Body body) {
+// Memory is fastest read from end to end, row by row. Narrow rows are that too when several go
+// side by side, which saves loads of per-channel numbers; and rows of a page or more then are
+// several streams, each with a prefetcher.
+template <class T>
+SYNCBN_INLINE bool side_by_side(int64_t channels) {
+  const int64_t bytes = channels * int64_t(sizeof(T));
+  return bytes <= 256 || bytes >= 4096;
+}
+
+// Calls body(outer, inner, rows) for each block of at most `most` rows that lie equally spaced.
+template <class Body>
+SYNCBN_INLINE void for_row_blocks(const View& x, const Tile& t, int64_t most, Body body) {
   int64_t o = t.position_begin / x.inner, i = t.position_begin % x.inner;
   for (int64_t left = t.positions(); left > 0;) {
     int64_t rows = x.inner - i < left ? x.inner - i : left;
@@ -51,6 +58,13 @@ struct Group {
       return {{n == w ? load(p) : load_some(p, n)}};
     }
   }
+  // Numbers that already have the pairs' order.
+  static SYNCBN_INLINE Group ordered(const R* p, int64_t n) {
+    if constexpr (vectors == 4)
+      return {{load(p), load(p + w), load(p + 2 * w), load(p + 3 * w)}};
+    else
+      return channels(p, n);
+  }
   SYNCBN_INLINE void to_elements(T* p, int64_t n) const {
     if constexpr (vectors == 4) {
       store_pair(p, Pair<R>{v[0], v[1]});
@@ -67,6 +81,12 @@ struct Group {
       n == w ? store(p, v[0]) : store_some(p, n, v[0]);
     }
   }
+  SYNCBN_INLINE void to_ordered(R* p, int64_t n) const {
+    if constexpr (vectors == 4)
+      for (int64_t j = 0; j < 4; ++j) store(p + j * w, v[j]);
+    else
+      to_channels(p, n);
+  }
 };
 
 // Calls body(group, c, n) over the channels [begin, end), where group is any Group of the size to
@@ -80,52 +100,104 @@ SYNCBN_INLINE void for_groups(int64_t begin, int64_t end, Body body) {
   if (c < end) body(Group<T, 1>{}, c, end - c);
 }
 
-// Per channel, over the rows of a block: Σ(x − shift) and Σ(x − shift)².
+// Per-channel numbers in the pairs' order.
 template <class T>
-SYNCBN_INLINE void row_sums(const T* x, int64_t rows, int64_t stride, int64_t channels,
-                            const Real<T>* shift, Real<T>* first, Real<T>* second) {
+class Ordered {
+ public:
+  using R = Real<T>;
+  SYNCBN_INLINE Ordered(const R* numbers, int64_t channels) : numbers_(numbers) {
+    if constexpr (reordered) {
+      for_groups<T>(0, channels, [&](auto group, int64_t c, int64_t n) SYNCBN_LAMBDA {
+        decltype(group)::channels(numbers + c, n).to_ordered(own_ + c, n);
+      });
+      numbers_ = own_;
+    }
+  }
+  template <class G>
+  SYNCBN_INLINE G at(G, int64_t c, int64_t n) const {
+    return G::ordered(numbers_ + c, n);
+  }
+
+ private:
+  static constexpr bool reordered = std::is_same_v<T, BFloat16>;
+  R own_[reordered ? widest_rows : 1];
+  const R* numbers_;
+};
+
+// Calls body(some, group, r, c, n) over the channels of some.value rows at a time, from row r on.
+template <class T, class Body>
+SYNCBN_INLINE void over_rows(int64_t rows, int64_t channels, Body body) {
+  int64_t r = 0;
+  auto pass = [&](auto some) SYNCBN_LAMBDA {
+    for (; r + some.value <= rows; r += some.value)
+      for_groups<T>(0, channels, [&](auto group, int64_t c, int64_t n) SYNCBN_LAMBDA {
+        body(some, group, r, c, n);
+      });
+  };
+  if (side_by_side<T>(channels)) pass(Count<4>{});
+  pass(Count<1>{});
+}
+
+// Per channel, the sums of two terms over the rows of a block: add(group, r, c, n, a, b) adds those
+// of row r to a and b.
+template <class T, class Add>
+SYNCBN_INLINE void sum_rows(int64_t rows, int64_t channels, Real<T>* first, Real<T>* second,
+                            Add add) {
+  for (int64_t c = 0; c < channels; ++c) first[c] = second[c] = 0;
+  over_rows<T>(rows, channels, [&](auto some, auto group, int64_t r, int64_t c,
+                                                int64_t n) SYNCBN_LAMBDA {
+    using G = decltype(group);
+    G a = G::ordered(first + c, n), b = G::ordered(second + c, n);
+#pragma GCC unroll 4
+    for (int64_t q = r; q < r + some.value; ++q) add(group, q, c, n, a, b);
+    a.to_ordered(first + c, n);
+    b.to_ordered(second + c, n);
+  });
   for_groups<T>(0, channels, [&](auto group, int64_t c, int64_t n) SYNCBN_LAMBDA {
     using G = decltype(group);
-    const G k = G::channels(shift + c, n);
-    G a = G::zero(), b = G::zero();
-    const T* p = x + c;
-    for (int64_t r = 0; r < rows; ++r, p += stride) {
-      const G value = G::elements(p, n);
-#pragma GCC unroll 4
-      for (unsigned j = 0; j < sizeof(G) / sizeof(G::v[0]); ++j) {
-        const auto deviation = value.v[j] - k.v[j];
-        a.v[j] += deviation;
-        b.v[j] += deviation * deviation;
-      }
-    }
-    a.to_channels(first + c, n);
-    b.to_channels(second + c, n);
+    G::ordered(first + c, n).to_channels(first + c, n);
+    G::ordered(second + c, n).to_channels(second + c, n);
   });
 }
 
 template <class T>
 void measure_rows(const View& x, const Tile& t, double* mean, double* m2) {
   using R = Real<T>;
-  R base[widest_tile], shift[widest_tile], first[widest_tile], second[widest_tile];
-  const int64_t begin = t.channel_begin, channels = t.channels();
-  mean += begin;
-  m2 += begin;
+  R base[widest_rows], shift[widest_rows], first[widest_rows], second[widest_rows];
+  const int64_t channels = t.channels();
+  mean += t.channel_begin;
+  m2 += t.channel_begin;
   int64_t count = 0;
-  for_row_blocks<row_block>(x, t, [&](int64_t o, int64_t i, int64_t rows) SYNCBN_LAMBDA {
-    const T* p = x.at<T>(begin, o, i);
+  for_row_blocks(x, t, row_block, [&](int64_t o, int64_t i, int64_t rows) SYNCBN_LAMBDA {
+    const T* p = x.at<T>(t.channel_begin, o, i);
     const Merge merge{double(count), double(rows)};
+    const int64_t some = rows < first_rows ? rows : first_rows;
+    auto sums_about = [&](const R* about, int64_t n) SYNCBN_LAMBDA {  // Σ(x − shift), Σ(x − shift)²
+      const Ordered<T> shifts(about, channels);
+      sum_rows<T>(n, channels, first, second, [&](auto group, int64_t r, int64_t c, int64_t n,
+                                                     auto& a, auto& b) SYNCBN_LAMBDA {
+        using G = decltype(group);
+        const G value = G::elements(p + r * x.inner_stride + c, n), s = shifts.at(group, c, n);
+#pragma GCC unroll 4
+        for (unsigned j = 0; j < sizeof(G) / sizeof(G::v[0]); ++j) {
+          const auto deviation = value.v[j] - s.v[j];
+          a.v[j] += deviation;
+          b.v[j] += deviation * deviation;
+        }
+      });
+    };
     if (count == 0) {
       for_groups<T>(0, channels, [&](auto group, int64_t c, int64_t n) SYNCBN_LAMBDA {
         decltype(group)::elements(p + c, n).to_channels(base + c, n);
       });
-      row_sums(p, rows, x.inner_stride, channels, base, first, second);
+      sums_about(base, some);
       for (int64_t c = 0; c < channels; ++c) {
-        mean[c] = first[c] * merge.inverse2;  // until the end less the base
+        mean[c] = first[c] / double(some);  // until the end less the base
         m2[c] = 0;
       }
     }
     for (int64_t c = 0; c < channels; ++c) shift[c] = R(base[c] + mean[c]);
-    row_sums(p, rows, x.inner_stride, channels, shift, first, second);
+    sums_about(shift, rows);
     for (int64_t c = 0; c < channels; ++c)
       merge.sums(base[c], mean[c], m2[c], shift[c], first[c], second[c]);
     count += rows;
@@ -136,53 +208,54 @@ void measure_rows(const View& x, const Tile& t, double* mean, double* m2) {
 template <class T>
 void normalise_rows(const View& x, const View& y, const Tile& t, const Coefficients& k) {
   using R = Real<T>;
-  for_row_blocks<few_rows>(x, t, [&](int64_t o, int64_t i, int64_t rows) SYNCBN_LAMBDA {
-    for_groups<T>(t.channel_begin, t.channel_end,
-                  [&](auto group, int64_t c, int64_t n) SYNCBN_LAMBDA {
+  const int64_t begin = t.channel_begin, channels = t.channels();
+  const Ordered<T> shifts(k.shifts<R>() + begin, channels), scales(k.scales<R>() + begin, channels),
+      offsets(k.offsets<R>() + begin, channels);
+  for_row_blocks(x, t, t.positions(), [&](int64_t o, int64_t i, int64_t rows) SYNCBN_LAMBDA {
+    const T* from = x.at<T>(begin, o, i);
+    T* to = y.at<T>(begin, o, i);
+    over_rows<T>(rows, channels, [&](auto some, auto group, int64_t r, int64_t c,
+                                                      int64_t n) SYNCBN_LAMBDA {
       using G = decltype(group);
-      const G shift = G::channels(k.shifts<R>() + c, n), scale = G::channels(k.scales<R>() + c, n),
-              offset = G::channels(k.offsets<R>() + c, n);
-      const T* from = x.at<T>(c, o, i);
-      T* to = y.at<T>(c, o, i);
-      for (int64_t r = 0; r < rows; ++r, from += x.inner_stride, to += y.inner_stride) {
-        G v = G::elements(from, n);
+      const G shift = shifts.at(group, c, n), scale = scales.at(group, c, n),
+              offset = offsets.at(group, c, n);
+#pragma GCC unroll 4
+      for (int64_t q = r; q < r + some.value; ++q) {
+        G v = G::elements(from + q * x.inner_stride + c, n);
 #pragma GCC unroll 4
         for (unsigned j = 0; j < sizeof(G) / sizeof(G::v[0]); ++j)
           v.v[j] = (v.v[j] - shift.v[j]) * scale.v[j] + offset.v[j];
-        v.to_elements(to, n);
+        v.to_elements(to + q * y.inner_stride + c, n);
       }
     });
   });
 }
 
 template <class T>
-void gradient_sums_rows(const View& dy, const View& x, const Tile& t, const void* shifts,
+void gradient_sums_rows(const View& dy, const View& x, const Tile& t, const void* shift,
                         double* total, double* dot) {
   using R = Real<T>;
-  for (int64_t c = t.channel_begin; c < t.channel_end; ++c) total[c] = dot[c] = 0;
-  for_row_blocks<row_block>(x, t, [&](int64_t o, int64_t i, int64_t rows) SYNCBN_LAMBDA {
-    for_groups<T>(t.channel_begin, t.channel_end,
-                  [&](auto group, int64_t c, int64_t n) SYNCBN_LAMBDA {
+  R first[widest_rows], second[widest_rows];
+  const int64_t channels = t.channels();
+  const Ordered<T> shifts(static_cast<const R*>(shift) + t.channel_begin, channels);
+  total += t.channel_begin;
+  dot += t.channel_begin;
+  for (int64_t c = 0; c < channels; ++c) total[c] = dot[c] = 0;
+  for_row_blocks(x, t, row_block, [&](int64_t o, int64_t i, int64_t rows) SYNCBN_LAMBDA {
+    const T *gradient = dy.at<T>(t.channel_begin, o, i), *value = x.at<T>(t.channel_begin, o, i);
+    sum_rows<T>(rows, channels, first, second, [&](auto group, int64_t r, int64_t c, int64_t n,
+                                                   auto& a, auto& b) SYNCBN_LAMBDA {
       using G = decltype(group);
-      constexpr int64_t size = sizeof(G) / sizeof(R);
-      const G shift = G::channels(static_cast<const R*>(shifts) + c, n);
-      G a = G::zero(), b = G::zero();
-      const T *gradient = dy.at<T>(c, o, i), *value = x.at<T>(c, o, i);
-      for (int64_t r = 0; r < rows; ++r, gradient += dy.inner_stride, value += x.inner_stride) {
-        const G g = G::elements(gradient, n), v = G::elements(value, n);
+      const G g = G::elements(gradient + r * dy.inner_stride + c, n),
+              v = G::elements(value + r * x.inner_stride + c, n), s = shifts.at(group, c, n);
 #pragma GCC unroll 4
-        for (unsigned j = 0; j < sizeof(G) / sizeof(G::v[0]); ++j) {
-          a.v[j] += g.v[j];
-          b.v[j] += g.v[j] * (v.v[j] - shift.v[j]);
-        }
+      for (unsigned j = 0; j < sizeof(G) / sizeof(G::v[0]); ++j) {
+        a.v[j] += g.v[j];
+        b.v[j] += g.v[j] * (v.v[j] - s.v[j]);
       }
-      R first[size], second[size];
-      a.to_channels(first, lanes<R>);
-      b.to_channels(second, lanes<R>);
-      const int64_t some = n < lanes<R> ? n : size;
-      for (int64_t j = 0; j < some; ++j) total[c + j] += first[j];
-      for (int64_t j = 0; j < some; ++j) dot[c + j] += second[j];
     });
+    for (int64_t c = 0; c < channels; ++c) total[c] += first[c];
+    for (int64_t c = 0; c < channels; ++c) dot[c] += second[c];
   });
 }
 
@@ -190,24 +263,25 @@ template <class T>
 void input_gradient_rows(const View& dy, const View& x, const View& dx, const Tile& t,
                          const Coefficients& k) {
   using R = Real<T>;
-  for_row_blocks<few_rows>(x, t, [&](int64_t o, int64_t i, int64_t rows) SYNCBN_LAMBDA {
-    for_groups<T>(t.channel_begin, t.channel_end,
-                  [&](auto group, int64_t c, int64_t n) SYNCBN_LAMBDA {
+  const int64_t begin = t.channel_begin, channels = t.channels();
+  const Ordered<T> shifts(k.shifts<R>() + begin, channels), scales(k.scales<R>() + begin, channels),
+      slopes(k.slopes<R>() + begin, channels), offsets(k.offsets<R>() + begin, channels);
+  for_row_blocks(x, t, t.positions(), [&](int64_t o, int64_t i, int64_t rows) SYNCBN_LAMBDA {
+    const T *gradient = dy.at<T>(begin, o, i), *value = x.at<T>(begin, o, i);
+    T* to = dx.at<T>(begin, o, i);
+    over_rows<T>(rows, channels, [&](auto some, auto group, int64_t r,
+                                                        int64_t c, int64_t n) SYNCBN_LAMBDA {
       using G = decltype(group);
-      const G shift = G::channels(k.shifts<R>() + c, n), scale = G::channels(k.scales<R>() + c, n),
-              slope = G::channels(k.slopes<R>() + c, n), offset = G::channels(k.offsets<R>() + c, n);
-      const T *gradient = dy.at<T>(c, o, i), *value = x.at<T>(c, o, i);
-      T* to = dx.at<T>(c, o, i);
-      for (int64_t r = 0; r < rows; ++r) {
-        G g = G::elements(gradient, n);
-        const G v = G::elements(value, n);
+      const G shift = shifts.at(group, c, n), scale = scales.at(group, c, n),
+              slope = slopes.at(group, c, n), offset = offsets.at(group, c, n);
+#pragma GCC unroll 4
+      for (int64_t q = r; q < r + some.value; ++q) {
+        G g = G::elements(gradient + q * dy.inner_stride + c, n);
+        const G v = G::elements(value + q * x.inner_stride + c, n);
 #pragma GCC unroll 4
         for (unsigned j = 0; j < sizeof(G) / sizeof(G::v[0]); ++j)
           g.v[j] = g.v[j] * scale.v[j] + ((v.v[j] - shift.v[j]) * slope.v[j] + offset.v[j]);
-        g.to_elements(to, n);
-        gradient += dy.inner_stride;
-        value += x.inner_stride;
-        to += dx.inner_stride;
+        g.to_elements(to + q * dx.inner_stride + c, n);
       }
     });
   });

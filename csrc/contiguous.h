@@ -81,6 +81,17 @@ SYNCBN_INLINE Sums sum_stream(int64_t length, int64_t planes, Stream stream) {
   return sums;
 }
 
+// Elements i to i + n ≤ lanes of p, and `rest` in the other lanes: of a whole vector that ends with
+// them, where there is one.
+template <class T>
+SYNCBN_INLINE Vector<Real<T>> load_end(const T* p, int64_t i, int64_t n, Vector<Real<T>> rest) {
+  using R = Real<T>;
+  constexpr int64_t w = lanes<R>;
+  if (n == w) return load(p + i);
+  if (i + n >= w) return last_or<R>(load(p + i + n - w), n, rest);
+  return first_or<R>(load_some(p + i, n), n, rest);
+}
+
 // Σ(x − shift) and Σ(x − shift)².
 template <class T>
 struct Deviations {
@@ -101,7 +112,7 @@ struct Deviations {
     add(v.b, first[1], second[1]);
   }
   SYNCBN_INLINE void one(int64_t i, int64_t n, Vector<R>& first, Vector<R>& second) const {
-    add(n == lanes<R> ? load(x + i) : first_or<R>(load_some(x + i, n), n, shift), first, second);
+    add(load_end(x, i, n, shift), first, second);
   }
 };
 
@@ -126,10 +137,7 @@ struct Products {
     add(gradient.b, value.b, first[1], second[1]);
   }
   SYNCBN_INLINE void one(int64_t i, int64_t n, Vector<R>& first, Vector<R>& second) const {
-    if (n == lanes<R>)
-      add(load(dy + i), load(x + i), first, second);
-    else  // loaded beyond n are zeros
-      add(load_some(dy + i, n), load_some(x + i, n), first, second);
+    add(load_end(dy, i, n, Vector<R>{}), load_end(x, i, n, shift), first, second);
   }
 };
 
@@ -208,11 +216,15 @@ void normalise_planes(const View& x, const View& y, const Tile& t, const Coeffic
       const Pair<R> v = load_pair(from + j);
       store_pair(to + j, Pair<R>{result(v.a), result(v.b)});
     }
-    if (j + w <= length) {
+    if (j + w < length) {
       store(to + j, result(load(from + j)));
       j += w;
     }
-    if (j < length) store_some(to + j, length - j, result(load_some(from + j, length - j)));
+    const int64_t n = length - j;
+    if (n > 0 && length >= w)  // some of them once more
+      store(to + length - w, result(load(from + length - w)));
+    else if (n > 0)
+      store_some(to + j, n, result(load_some(from + j, n)));
   });
 }
 
@@ -238,7 +250,14 @@ void input_gradient_planes(const View& dy, const View& x, const View& dx, const 
       store(to + j, result(load(g + j), load(p + j)));
       j += w;
     }
+    if (j + w < length) {
+      store(to + j, result(load(g + j), load(p + j)));
+      j += w;
+    }
     const int64_t n = length - j;
-    if (n > 0) store_some(to + j, n, result(load_some(g + j, n), load_some(p + j, n)));
+    if (n > 0 && length >= w)
+      store(to + length - w, result(load(g + length - w), load(p + length - w)));
+    else if (n > 0)
+      store_some(to + j, n, result(load_some(g + j, n), load_some(p + j, n)));
   });
 }

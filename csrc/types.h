@@ -47,6 +47,8 @@ struct View {
 enum class Layout : int { planes, rows };
 constexpr int layouts = 2;
 
+constexpr int64_t widest_rows = 2048;  // how many channels of a tile of rows at most
+
 // A part of a view: the unit of work.
 struct Tile {
   int64_t channel_begin, channel_end, position_begin, position_end;

@@ -51,6 +51,12 @@ SYNCBN_INLINE Vector<R> first_or(Vector<R> v, int64_t n, Vector<R> rest) {
   return index < broadcast(R(n)) ? v : rest;
 }
 
+// v with all but the last n elements replaced.
+template <class R>
+SYNCBN_INLINE Vector<R> last_or(Vector<R> v, int64_t n, Vector<R> rest) {
+  return first_or<R>(rest, lanes<R> - n, v);
+}
+
 // The sum of a vector's elements, halving it until two are left.
 template <class R, int bytes>
 struct Halves {

@@ -104,8 +104,8 @@ inline Work make_work(const Loopset& set, Dtype dtype, Layout layout, View* view
     w.tile_columns = at_least_one(4096 / views[0].inner);
     shortest = 8192;
   } else {
-    w.tile_columns = 256;
-    shortest = 256;
+    w.tile_columns = widest_rows;
+    shortest = 64;
   }
   if (w.tile_columns > w.columns) w.tile_columns = at_least_one(w.columns);
   w.tiles = ceil_div(w.columns, w.tile_columns);

@@ -21,8 +21,7 @@ def serves(
     """Whether :func:`batch_norm` takes x, with statistics and parameters ``others``.
 
     One running statistic without the other and a single value per channel are left to those who
-    have an error for them; so are torch.compile, which fuses torch's own operator, torch.func and
-    forward-mode derivatives.
+    have an error for them; so are torch.func and forward-mode derivatives.
     """
     if (running_mean is None) != (running_var is None):
         return False
@@ -30,8 +29,7 @@ def serves(
         if other is not None and not other.is_cpu:
             return False
     return (
-        not torch.compiler.is_compiling()
-        and native_serves(x)
+        native_serves(x)
         and x.dim() > 1
         and x.numel() > x.shape[1]
         and not torch._C._are_functorch_transforms_active()

@@ -14,12 +14,11 @@ def moving(statistics: Statistics) -> Statistics:
     A compiled graph that was traced in the first forward runs in the second, too. So it moves
     copies, and asks whenever it runs whether to keep them.
     """
-    if torch.compiler.is_exporting():
+    compiling = torch.compiler.is_compiling()
+    if torch.compiler.is_exporting() if compiling else not recomputing():
         return statistics
-    if torch.compiler.is_compiling() or recomputing():
-        mean, var, batches = (None if t is None else t.detach().clone() for t in statistics)
-        return mean, var, batches
-    return statistics
+    mean, var, batches = (None if t is None else t.detach().clone() for t in statistics)
+    return mean, var, batches
 
 
 def settle(statistics: Statistics, moved: Statistics) -> None:

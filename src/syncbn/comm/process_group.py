@@ -14,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from .base import Communicator, Local
 
+_AVAILABLE = dist.is_available()
 _REMEDY = (
     "pass None (the default group), a torch.distributed group that this rank belongs to, "
     "a one-dimensional DeviceMesh or a syncbn.comm.Communicator"
@@ -144,11 +145,10 @@ _MADE: weakref.WeakKeyDictionary[dist.ProcessGroup, dict[int, weakref.ref[dist.P
 
 def default_group() -> ProcessGroup | None:
     """The default group, or None where torch.distributed is missing or not initialised."""
-    if dist.is_available() and dist.is_initialized():
-        world = dist.group.WORLD
-        if world is not None:
-            return _Traced(*_facts(world)) if torch.compiler.is_compiling() else ProcessGroup(world)
-    return None
+    world = dist.group.WORLD if _AVAILABLE else None
+    if world is None:
+        return None
+    return _Traced(*_facts(world)) if torch.compiler.is_compiling() else ProcessGroup(world)
 
 
 def from_torch(group: Any) -> ProcessGroup:
@@ -175,7 +175,7 @@ def _from_torch(group: Any) -> ProcessGroup:
         ValueError: torch.distributed is not initialised, this rank is not in the group, or the
             mesh has more than one dimension.
     """
-    if not dist.is_available():
+    if not _AVAILABLE:
         raise ValueError(
             f"process_group: got {group!r}, but this build of torch has no torch.distributed; "
             "pass None or a syncbn.comm.Communicator"
