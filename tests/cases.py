@@ -60,6 +60,8 @@ def laid_out(x: Tensor, layout: str) -> Tensor:
     if layout == "transposed":  # dense, dimensions in the reverse order
         dims = tuple(reversed(range(x.dim())))
         return x.permute(dims).contiguous().permute(dims)
+    if layout == "batch_inside":  # dense, of four dimensions: (H, W, N, C)
+        return x.permute(2, 3, 0, 1).contiguous().permute(2, 3, 0, 1)
     return x.contiguous()
 
 

@@ -82,8 +82,29 @@ def test_every_split_gives_the_same_bits(ranks, dtype, layout):
 
 
 @pytest.mark.parametrize(("channels", "spatial"), [(1, (5, 3)), (40, ()), (3, (1, 1)), (64, (33,))])
-def test_other_shapes(ranks, channels, spatial):
-    case = Case(split=(6,), channels=channels, spatial=spatial, offset=-7.0, reproducible=True)
+@pytest.mark.parametrize("layout", ["contiguous", "transposed"])
+def test_other_shapes(ranks, channels, spatial, layout):
+    case = Case(
+        split=(6,),
+        channels=channels,
+        spatial=spatial,
+        offset=-7.0,
+        reproducible=True,
+        layout=layout,
+    )
+    same_bits(ranks, case)
+
+
+@pytest.mark.parametrize("channels", [1, 5, 40])
+def test_a_batch_inside_other_dimensions(ranks, channels):
+    """Their strides depend on how many samples a rank has; the bits do not."""
+    case = Case(
+        split=(6,), channels=channels, spatial=(9, 7), reproducible=True, layout="batch_inside"
+    )
+    same_bits(ranks, case)
+
+
+def same_bits(ranks, case):
     alone = everything([step(0, case)])
     for split in ((1, 5), (2, 0, 4), (1, 2, 1, 2)):
         bits = everything(ranks(len(split), step, case.with_(split=split)))

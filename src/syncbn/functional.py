@@ -21,7 +21,7 @@ from .joint import together
 from .kernels import serving
 from .masks import blank, check_mask, pack, unpack
 from .recomputation import moving, settle
-from .share import ReproducibleShare, Share
+from .share import ReproducibleShare, Share, samples_apart
 
 
 def sync_batch_norm(
@@ -65,9 +65,9 @@ def sync_batch_norm(
             (:func:`syncbn.mask_from_lengths` makes one of padded sequences); may be all False, and
             may be None on other ranks.
         reproducible: make outputs, gradients with respect to ``input`` and running statistics the
-            same to the bit for every split of a batch over ranks, on the CPU, for contiguous and
-            channels_last input and without ``create_graph``. Give it on every rank alike. Costs a
-            microsecond or so per sample more; proof: :mod:`syncbn.reproducible`.
+            same to the bit for every split of a batch over ranks, on the CPU and without
+            ``create_graph``. Give it on every rank alike. Costs a microsecond or so per sample
+            more; proof: :mod:`syncbn.reproducible`.
 
     Returns:
         A tensor of ``input``'s shape, dtype and memory format.
@@ -112,42 +112,28 @@ def batch_norm(
     """:func:`sync_batch_norm` for layers: counts batches, over which momentum None averages."""
     statistics = (running_mean, running_var, num_batches_tracked)
     moved = moving(statistics) if training else statistics
-    y = _where_it_counts(
-        *(input, *moved, weight, bias, training, momentum, eps, group, mask, reproducible)
-    )
+    rest: tuple[Any, ...] = (*moved, weight, bias, training, momentum, eps, group, reproducible)
+    if mask is None:
+        y = _whole(input, None, *rest)
+    else:
+        y = _where_it_counts(input, mask, training, *rest)
     if training:
         settle(statistics, moved)
     return y
 
 
-def _where_it_counts(
-    input: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    num_batches_tracked: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    training: bool,
-    momentum: float | None,
-    eps: float,
-    group: Any,
-    mask: Tensor | None,
-    reproducible: bool,
-) -> Tensor:
-    rest = (running_mean, running_var, num_batches_tracked, weight, bias, training, momentum, eps)
-    if mask is None:
-        return _whole(input, *rest, group, reproducible)
+def _where_it_counts(input: Tensor, mask: Tensor, training: bool, *rest: Any) -> Tensor:
     check_input(input)
     check_mask(mask, input)
     if not training:
-        y = _whole(blank(input, mask), *rest, group, reproducible)
-        return blank(y, mask)
+        return blank(_whole(blank(input, mask), None, *rest), mask)
     values, lengths = pack(input, mask)
-    return unpack(_whole(values, *rest, group, reproducible, lengths), input, mask)
+    return unpack(_whole(values, lengths, *rest), input, mask)
 
 
 def _whole(
     input: Tensor,
+    lengths: Tensor | None,
     running_mean: Tensor | None,
     running_var: Tensor | None,
     num_batches_tracked: Tensor | None,
@@ -158,17 +144,18 @@ def _whole(
     eps: float,
     group: Any,
     reproducible: bool,
-    lengths: Tensor | None = None,
 ) -> Tensor:
     """Batch normalisation where all of input counts; ``lengths`` of samples: see share.py."""
     tracing: bool = torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
-    silent = not training or tracing or torch.compiler.is_exporting()
+    compiling = torch.compiler.is_compiling()
+    silent = not training or tracing or (compiling and torch.compiler.is_exporting())
     silent = silent or getattr(input, "is_meta", False)
     comm = LOCAL if silent else resolve(group)
     alone = comm.size == 1 and (silent or not reproducible)
     if not tracing:  # a trace would record the checks, with warnings
         check_options(0.0 if momentum is None else momentum, eps)
-        if training and alone and local.serves(input, running_mean, running_var, weight, bias):
+        serves = training and alone and not compiling  # which fuses torch's own operator
+        if serves and local.serves(input, running_mean, running_var, weight, bias):
             try:
                 return local.batch_norm(
                     *(input, weight, bias, running_mean, running_var, num_batches_tracked),
@@ -179,7 +166,7 @@ def _whole(
                 raise
         check_tensors(input, running_mean, running_var, weight, bias)
     mixed = running_mean is not None and _mixed(running_mean.dtype, input, weight)
-    if training and not silent and torch.compiler.is_compiling():
+    if training and not silent and compiling:
         # torch's operator wants numbers that a graph does not have: a momentum, how many values.
         counting = momentum is None and num_batches_tracked is not None
         mixed = mixed or counting or lengths is not None
@@ -188,11 +175,13 @@ def _whole(
         if isinstance(comm, Replica):
             check_not_reproducible(reproducible)
             return together(input, *rest, comm)
-        if comm.size > 1 and not torch.compiler.is_compiling():
+        if comm.size > 1 and not compiling:
             refuse_join()
         kernels = serving(input)
         if reproducible:
-            return synchronised(input, *rest, ReproducibleShare(comm, kernels, lengths))
+            laid = samples_apart(input)
+            y = synchronised(laid, *rest, ReproducibleShare(comm, kernels, lengths))
+            return y if laid is input else torch.empty_like(input).copy_(y)
         return synchronised(input, *rest, Share(comm, kernels))
     if mixed:
         wide = torch.float64 if input.dtype == torch.float64 else torch.float32

@@ -34,6 +34,25 @@ class Share:
         return local, self.comm.all_reduce(local)
 
 
+def samples_apart(x: Tensor) -> Tensor:
+    """x (N, C, *), or a copy of it where its samples don't lie one after the other, without gaps.
+
+    The order of the dimensions within a sample stays. So what a kernel makes of a sample does not
+    depend on how many others a rank has, as it would where strides depend on their number.
+    """
+    if x.is_contiguous():
+        return x
+    strides = x.stride()
+    inner = sorted(range(1, x.dim()), key=lambda d: (x.shape[d] == 1, -strides[d]))
+    outermost = x.permute(0, *inner)
+    if outermost.is_contiguous():
+        return x
+    back = [0] * x.dim()
+    for place, d in enumerate(inner, 1):
+        back[d] = place
+    return outermost.contiguous().permute(back)
+
+
 class ReproducibleShare(Share):
     """A rank sends what makes the result a function of the samples, however they are split.
 
@@ -55,6 +74,6 @@ class ReproducibleShare(Share):
     def gradient_sums(
         self, dy: Tensor, x: Tensor, mean: Tensor, invstd: Tensor
     ) -> tuple[Tensor, Tensor]:
-        mine = self.kernels.gradient_sums_samples(dy, x, mean, invstd, self.lengths)
+        mine = self.kernels.gradient_sums_samples(samples_apart(dy), x, mean, invstd, self.lengths)
         local = self.kernels.total_samples(mine.unsqueeze(0))
         return local, self.kernels.total_samples(self.comm.all_gather(mine))
