@@ -246,10 +246,6 @@ void input_gradient_planes(const View& dy, const View& x, const View& dx, const 
       const Pair<R> gradient = load_pair(g + j), value = load_pair(p + j);
       store_pair(to + j, Pair<R>{result(gradient.a, value.a), result(gradient.b, value.b)});
     }
-    if (j + w <= length) {
-      store(to + j, result(load(g + j), load(p + j)));
-      j += w;
-    }
     if (j + w < length) {
       store(to + j, result(load(g + j), load(p + j)));
       j += w;

@@ -62,8 +62,19 @@ def everything(results):
     return [*whole, results[-1]["running_mean"], results[-1]["running_var"]]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "strided", "transposed"])
+FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+LAYOUTS = ("contiguous", "channels_last", "strided", "transposed")
+
+
+def quick_first(dtype, layout):
+    """Every type, every layout; both varied at once is for the slow run."""
+    quick = dtype == FLOATS[0] or layout == LAYOUTS[0]
+    return pytest.param(dtype, layout, marks=() if quick else pytest.mark.slow)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "layout"), [quick_first(dtype, layout) for dtype in FLOATS for layout in LAYOUTS]
+)
 def test_every_split_gives_the_same_bits(ranks, dtype, layout):
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     case = Case(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from .comm import Communicator
@@ -38,9 +39,10 @@ def samples_apart(x: Tensor) -> Tensor:
     """x (N, C, *), or a copy of it where its samples don't lie one after the other, without gaps.
 
     The order of the dimensions within a sample stays. So what a kernel makes of a sample does not
-    depend on how many others a rank has, as it would where strides depend on their number.
+    depend on how many others a rank has, as it would where strides depend on their number. A
+    compiled graph takes x as it lies: its strides may be symbols, which have no order.
     """
-    if x.is_contiguous():
+    if x.is_contiguous() or torch.compiler.is_compiling():
         return x
     strides = x.stride()
     inner = sorted(range(1, x.dim()), key=lambda d: (x.shape[d] == 1, -strides[d]))
