@@ -41,12 +41,13 @@ $(NATIVE)/%.o: csrc/%.cpp $(wildcard csrc/*.h)
 	@mkdir -p $(NATIVE)
 	$(CXX) $(SANITIZED) -c $< -o $@
 
-$(NATIVE)/test_loops: $(wildcard tests/native/*) $(wildcard csrc/*.h) \
+$(NATIVE)/test_%: tests/native/test_%.cpp $(wildcard tests/native/*.h) $(wildcard csrc/*.h) \
     $(NATIVE)/isa_baseline.o $(NATIVE)/isa_v3.o $(NATIVE)/isa_v4.o
-	$(CXX) $(SANITIZED) -Icsrc tests/native/test_loops.cpp $(filter %.o,$^) -o $@
+	$(CXX) $(SANITIZED) -Icsrc $< $(filter %.o,$^) -o $@
 
-test-native: $(NATIVE)/test_loops
-	$<
+test-native: $(NATIVE)/test_loops $(NATIVE)/test_samples
+	$(NATIVE)/test_loops
+	$(NATIVE)/test_samples
 
 # The wheel as users get it, in an environment of its own.
 test-wheel: $(READY)

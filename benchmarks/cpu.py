@@ -38,6 +38,7 @@ from torch import Tensor, nn
 
 import syncbn
 
+FEATURES = (4096, 256)
 SMALL = ((32, 256), (256, 64), (16, 128, 500), (1, 16, 256, 256), (1, 3, 512, 512))
 PASSES = ("forward", "backward")
 TITLES = {
@@ -126,7 +127,7 @@ def middle(times: list[float], scale: float = 1) -> tuple[float, ...]:
 def rank_rows(rank: int, rounds: int, quick: bool) -> list[dict[str, Any]]:
     """A synchronised layer against its parts, the naive one; forward and backward."""
     rows = []
-    for shape in [(2, 3, 4, 5)] if quick else SHAPES:
+    for shape in [(2, 3, 4, 5), (4, 3)] if quick else [*SHAPES, FEATURES]:
         x, dy, channels = torch.randn(shape), torch.randn(shape), shape[1]
         moments, sums = (torch.zeros(2 * channels + n, dtype=torch.float64) for n in (2, 0))
         layers = {

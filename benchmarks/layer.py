@@ -55,7 +55,8 @@ class NaiveSyncBatchNorm(nn.BatchNorm2d):
     """Statistics as E[x] and E[x²] by all_reduce. Inexact by cancellation; here to be timed."""
 
     def forward(self, input: Tensor) -> Tensor:
-        mean, square = input.mean((0, 2, 3)), input.square().mean((0, 2, 3))
+        others = [d for d in range(input.dim()) if d != 1]
+        mean, square = input.mean(others), input.square().mean(others)
         if dist.is_initialized():
             mean = AllReduce.apply(mean) / dist.get_world_size()
             square = AllReduce.apply(square) / dist.get_world_size()
@@ -65,7 +66,8 @@ class NaiveSyncBatchNorm(nn.BatchNorm2d):
             self.running_var.lerp_(var, self.momentum)
         scale = self.weight * (var + self.eps).rsqrt()
         offset = self.bias - mean * scale
-        return input * scale.view(1, -1, 1, 1) + offset.view(1, -1, 1, 1)
+        shape = (1, -1, *(1,) * (input.dim() - 2))
+        return input * scale.view(shape) + offset.view(shape)
 
 
 LAYERS = {"syncbn": syncbn.SyncBatchNorm, "torch": nn.BatchNorm2d, "naive": NaiveSyncBatchNorm}

@@ -40,7 +40,7 @@ const Loopset loopset = {
      {planes<BFloat16>, rows<BFloat16>},
      {planes<Half>, rows<Half>}},
     {channels<float>, channels<double>, channels<float>, channels<float>},
-    {represented, represent, total, moment_terms, moments_of_sums},
+    {add, unite, total, squares, moment_terms, moments_of_sums},
 };
 
 }  // namespace syncbn::SYNCBN_ISA

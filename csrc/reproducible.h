@@ -9,24 +9,30 @@
 #pragma GCC optimize("fp-contract=off")
 #endif
 
-constexpr int64_t slice_bits = 28, slices = 4, lowest_top = -31;
-constexpr int64_t represented = 1 + slices + 1;  // top, slices, the sum of what is not finite
+constexpr double slice_bits = 28;
 
-SYNCBN_INLINE double power_of_two(double exponent) {
-  return bit_cast<double>(uint64_t(int64_t(exponent) + 1023) << 52);
+using Doubles = Vector<double>;
+using Words = VectorOf<double>::bits;
+
+// A double of this size has a whole number in its last bits.
+constexpr double whole = 0x1p52;
+
+SYNCBN_INLINE Doubles power_of_two(Doubles exponent) {
+  return bit_cast<Doubles>(bit_cast<Words>(exponent + (whole + 1023)) << 52);
 }
 
-// The place of the highest slice of |value|.
-SYNCBN_INLINE double top_of(double value) {
-  if (!(value > 0)) return lowest_top;
-  const int64_t exponent = int64_t(bit_cast<uint64_t>(value) >> 52) - 1023;  // value ≥ 2^exponent
-  const int64_t top = (exponent + 64 * slice_bits) / slice_bits - 64;        // rounded down
-  return double(top < lowest_top ? lowest_top : top);
+// The place of the highest slice of a term of this size.
+SYNCBN_INLINE Doubles top_of(Doubles size) {
+  const Words exponent = bit_cast<Words>(size) >> 52 | bit_cast<Words>(broadcast(whole));
+  const Doubles places = (bit_cast<Doubles>(exponent) - (whole + 1023)) / slice_bits;
+  const Doubles cut = truncated(places), top = cut > places ? cut - 1 : cut;  // rounded down
+  return top < lowest_top ? broadcast(lowest_top) : top;
 }
 
-SYNCBN_INLINE void two_sum(double a, double b, double& sum, double& error) {
+template <class R>
+SYNCBN_INLINE void two_sum(R a, R b, R& sum, R& error) {
   sum = a + b;
-  const double share = sum - a;
+  const R share = sum - a;
   error = (a - (sum - share)) + (b - share);
 }
 
@@ -42,73 +48,115 @@ SYNCBN_INLINE void two_product(double a, double b, double& product, double& erro
   if (!(error - error == 0)) error = 0;
 }
 
-// The representation of the sums over `rows` rows of terms, which it uses up: rows of `columns`
-// numbers, `stride` apart.
-inline void represent(double* terms, int64_t rows, int64_t columns, double* result,
-                      int64_t stride) {
-  constexpr int64_t block = 128;  // columns at a time
-  for (int64_t begin = 0; begin < columns; begin += block) {
-    const int64_t some = columns - begin < block ? columns - begin : block;
-    double top[block] = {}, odd[block] = {}, sum[block], up[block], down[block];
-    for (int64_t r = 0; r < rows; ++r) {
-      double* __restrict t = terms + r * columns + begin;
-      for (int64_t j = 0; j < some; ++j) {
-        const double value = t[j], finite = value - value == 0 ? value : 0;
-        odd[j] += value - value == 0 ? 0 : value;
-        t[j] = finite;
-        const double size = __builtin_fabs(finite);
-        top[j] = size > top[j] ? size : top[j];
-      }
-    }
-    double* to = result + begin;
-    for (int64_t j = 0; j < some; ++j) to[j] = top[j] = top_of(top[j]);
-    for (int64_t place = 0; place < slices; ++place) {
-      for (int64_t j = 0; j < some; ++j) {
-        const double bits = slice_bits * (top[j] - double(place));
-        up[j] = power_of_two(bits);
-        down[j] = power_of_two(-bits);
-        sum[j] = 0;
-      }
-      for (int64_t r = 0; r < rows; ++r) {
-        double* __restrict t = terms + r * columns + begin;
-        for (int64_t j = 0; j < some; ++j) {
-          const double slice = __builtin_trunc(t[j] * down[j]);
-          t[j] -= slice * up[j];
-          sum[j] += slice;
-        }
-      }
-      to += stride;
-      for (int64_t j = 0; j < some; ++j) to[j] = sum[j];
-    }
-    to += stride;
-    for (int64_t j = 0; j < some; ++j) to[j] = odd[j];
+// The representations of neighbouring columns' sums: how far the first n reach.
+struct Sum {
+  Doubles top, slice[slices], odd;
+
+  static SYNCBN_INLINE Sum at(const double* p, int64_t stride, int64_t n) {
+    Sum s{some(p, n), {}, some(p + (1 + slices) * stride, n)};
+    for (int64_t k = 0; k < slices; ++k) s.slice[k] = some(p + (1 + k) * stride, n);
+    return s;
   }
+  SYNCBN_INLINE void to(double* p, int64_t stride, int64_t n) const {
+    put(p, n, top);
+    for (int64_t k = 0; k < slices; ++k) put(p + (1 + k) * stride, n, slice[k]);
+    put(p + (1 + slices) * stride, n, odd);
+  }
+  static SYNCBN_INLINE Doubles some(const double* p, int64_t n) {
+    return n == lanes<double> ? load(p) : load_some(p, n);
+  }
+  static SYNCBN_INLINE void put(double* p, int64_t n, Doubles v) {
+    n == lanes<double> ? store(p, v) : store_some(p, n, v);
+  }
+
+  // Slice k below another top.
+  SYNCBN_INLINE Doubles below(Doubles other, int64_t k) const {
+    const Doubles place = double(k) - (other - top);
+    Doubles found = {};
+    for (int64_t own = 0; own <= k; ++own) found = place == double(own) ? slice[own] : found;
+    return found;
+  }
+  SYNCBN_INLINE void unite(const Sum& more) {
+    const Doubles highest = top > more.top ? top : more.top;
+    for (int64_t k = slices - 1; k >= 0; --k)
+      slice[k] = below(highest, k) + more.below(highest, k);
+    top = highest;
+    odd += more.odd;
+  }
+};
+
+// Of `rows` rows of terms, `apart` numbers apart.
+SYNCBN_INLINE Sum represent(const double* terms, int64_t rows, int64_t apart, int64_t n) {
+  Sum sum{};
+  Doubles largest = {};
+  for (int64_t r = 0; r < rows; ++r) {
+    const Doubles term = Sum::some(terms + r * apart, n), size = term < 0 ? -term : term;
+    const Doubles finite = term - term == 0 ? size : Doubles{};
+    sum.odd += term - term == 0 ? Doubles{} : term;
+    largest = finite > largest ? finite : largest;
+  }
+  sum.top = top_of(largest);
+  Doubles up[slices], down[slices];
+  for (int64_t k = 0; k < slices; ++k) {
+    const Doubles bits = slice_bits * (sum.top - double(k));
+    up[k] = power_of_two(bits);
+    down[k] = power_of_two(-bits);
+  }
+  for (int64_t r = 0; r < rows; ++r) {
+    const Doubles term = Sum::some(terms + r * apart, n);
+    Doubles rest = term - term == 0 ? term : Doubles{};
+    for (int64_t k = 0; k < slices; ++k) {
+      const Doubles slice = truncated(rest * down[k]);
+      rest -= slice * up[k];
+      sum.slice[k] += slice;
+    }
+  }
+  return sum;
 }
 
-// The sums that `sets` representations, `stride` doubles apart, stand for: high + low.
-inline void total(const double* received, int64_t sets, int64_t stride, int64_t columns,
-                  double* __restrict high, double* __restrict low) {
-  for (int64_t j = 0; j < columns; ++j) {
-    double top = lowest_top, sum = 0, rest = 0;
-    for (int64_t s = 0; s < sets; ++s) {
-      const double* set = received + s * stride;
-      sum += set[(represented - 1) * columns + j];
-      if (set[j] > top) top = set[j];
-    }
-    for (int64_t place = 0; place < slices; ++place) {
-      double whole = 0;
-      for (int64_t s = 0; s < sets; ++s) {
-        const double* set = received + s * stride;
-        const int64_t own = place - int64_t(top - set[j]);  // where the set keeps this slice
-        if (own >= 0) whole += set[(1 + own) * columns + j];
-      }
-      double error;
-      two_sum(sum, whole * power_of_two(slice_bits * (top - double(place))), sum, error);
+template <class Body>
+SYNCBN_INLINE void for_columns(int64_t columns, Body body) {
+  constexpr int64_t w = lanes<double>;
+  int64_t j = 0;
+  for (; j + w <= columns; j += w) body(j, w);
+  if (j < columns) body(j, columns - j);
+}
+
+inline void add(const double* terms, int64_t rows, int64_t columns, double* into, int64_t stride) {
+  for_columns(columns, [&](int64_t j, int64_t n) SYNCBN_LAMBDA {
+    Sum sum = Sum::at(into + j, stride, n);
+    sum.unite(represent(terms + j, rows, columns, n));
+    sum.to(into + j, stride, n);
+  });
+}
+
+inline void unite(int64_t columns, const double* from, double* into, int64_t stride) {
+  for_columns(columns, [&](int64_t j, int64_t n) SYNCBN_LAMBDA {
+    Sum sum = Sum::at(into + j, stride, n);
+    sum.unite(Sum::at(from + j, stride, n));
+    sum.to(into + j, stride, n);
+  });
+}
+
+inline void total(const double* received, int64_t sets, int64_t apart, int64_t columns,
+                  double* high, double* low) {
+  for_columns(columns, [&](int64_t j, int64_t n) SYNCBN_LAMBDA {
+    Sum all = Sum::at(received + j, columns, n);
+    for (int64_t s = 1; s < sets; ++s) all.unite(Sum::at(received + s * apart + j, columns, n));
+    Doubles sum = all.odd, rest = {};
+    for (int64_t k = 0; k < slices; ++k) {
+      Doubles error;
+      two_sum(sum, all.slice[k] * power_of_two(slice_bits * (all.top - double(k))), sum, error);
       rest += error;
     }
-    high[j] = sum;
-    low[j] = sum - sum == 0 ? rest : 0;
-  }
+    Sum::put(high + j, n, sum);
+    Sum::put(low + j, n, sum - sum == 0 ? rest : Doubles{});
+  });
+}
+
+inline void squares(int64_t count, const double* __restrict values, double* __restrict squares,
+                    double* __restrict errors) {
+  for (int64_t j = 0; j < count; ++j) two_product(values[j], values[j], squares[j], errors[j]);
 }
 
 // The terms of a sample's moments in `some` channels: two rows of Σ n·mean, four of
@@ -144,7 +192,7 @@ inline void moments_of_sums(int64_t channels, double count, const double* first,
     two_product(m, inner, outer, outer_low);
     two_sum(second[c], -outer, square, square_low);
     square_low += second_low[c] - outer_low - m * inner_low;
-    const double sum = square + square_low;
+    const double sum = second[c] - second[c] == 0 ? square + square_low : second[c] + (m - m);
     mean[c] = m;
     m2[c] = sum < 0 ? 0 : sum;
   }

@@ -62,9 +62,10 @@ inline Tensor doubles(int64_t rows, int64_t n) {
   return allocate(sizes, strides, 2, aoti_torch_dtype_float64());
 }
 
-// Rows [begin, begin + count) of t.
-inline Tensor narrow(Tensor t, int64_t begin, int64_t count) {
-  return torch::stable::narrow(t, 0, begin, count);
+// Where element n of dimension 0 of t begins.
+inline void* element(const Tensor& t, Dtype dtype, int64_t n) {
+  static const int64_t bytes[dtypes] = {4, 8, 2, 2};
+  return static_cast<char*>(t.data_ptr()) + n * t.stride(0) * bytes[int(dtype)];
 }
 
 inline double* data(const Tensor& t) { return static_cast<double*>(t.data_ptr()); }
@@ -136,10 +137,27 @@ inline void check_mixture(const char* op, const Affine& affine, Dtype dtype) {
 
 // --- tensors as views ------------------------------------------------------------------------
 
+// Tensors of one shape, as views that loops exist for, and the work on them.
 struct Problem {
+  Dtype dtype;
+  int count;
   Tensor tensors[3];
   View views[3];
   Work work;
+
+  // Turns to `size` elements of dimension 0, from `begin` on. False if no loops fit the strides.
+  bool look(int64_t begin, int64_t size) {
+    const Tensor& x = tensors[0];
+    int64_t sizes[most_dims];
+    for (int64_t d = 0; d < x.dim(); ++d) sizes[d] = d == 0 ? size : x.size(d);
+    Strided strided[3];
+    for (int t = 0; t < count; ++t)
+      strided[t] = {element(tensors[t], dtype, begin), tensors[t].strides().data()};
+    Layout layout;
+    if (!make_views(x.dim(), sizes, strided, count, views, &layout)) return false;
+    work = make_work(best_loopset(), dtype, layout, views, count);
+    return true;
+  }
 };
 
 // A copy of t with the strides of `like`, which fills its memory without gaps.
@@ -149,29 +167,25 @@ inline Tensor copy_like(const Tensor& t, const Tensor& like) {
   return copy;
 }
 
-// Views of x, perhaps dy, and perhaps a result `like_x`, a new tensor like x. Tensors whose strides
-// fit no loop are copied; the copies follow the new tensor's strides, which then fit as well.
-inline Problem make_problem(Dtype dtype, const Tensor& x, const Tensor* dy, const Tensor* like_x) {
-  Problem p;
-  int count = 0;
-  p.tensors[count++] = x;
-  if (dy) p.tensors[count++] = *dy;
-  if (like_x) p.tensors[count++] = *like_x;
-  Layout layout;
-  auto views = [&] {
-    Strided strided[3];
-    for (int t = 0; t < count; ++t)
-      strided[t] = {p.tensors[t].data_ptr(), p.tensors[t].strides().data()};
-    return make_views(x.dim(), x.sizes().data(), strided, count, p.views, &layout);
-  };
-  if (!views()) {
+// The work on `size` elements of x, perhaps dy, and perhaps a result `like_x`, a new tensor like x.
+// Tensors whose strides fit no loop are copied; the copies follow the new tensor's strides, which
+// then fit as well.
+inline Problem make_problem(Dtype dtype, const Tensor& x, const Tensor* dy, const Tensor* like_x,
+                            int64_t size) {
+  Problem p{dtype, 0, {x}, {}, {}};
+  p.count = 1;
+  if (dy) p.tensors[p.count++] = *dy;
+  if (like_x) p.tensors[p.count++] = *like_x;
+  if (!p.look(0, size)) {
     const Tensor model = like_x ? *like_x : new_like(x);
     if (dy) p.tensors[1] = copy_like(*dy, model);
-    if (!views()) p.tensors[0] = copy_like(x, model);
-    STD_TORCH_CHECK(views(), "syncbn: no loops for strides like those of x");
+    if (!p.look(0, size)) p.tensors[0] = copy_like(x, model);
+    STD_TORCH_CHECK(p.look(0, size), "syncbn: no loops for strides like those of x");
   }
-  p.work = make_work(best_loopset(), dtype, layout, p.views, count);
   return p;
+}
+inline Problem make_problem(Dtype dtype, const Tensor& x, const Tensor* dy, const Tensor* like_x) {
+  return make_problem(dtype, x, dy, like_x, x.size(0));
 }
 
 }  // namespace syncbn::operators

@@ -103,12 +103,22 @@ struct ChannelLoops {
   void (*project)(int64_t channels, const ChannelValues&, const double* total, double* dot);
 };
 
-// Sums that no split of their terms changes; see reproducible.h.
+// Sums that no split of their terms changes, as representations: `represented` rows of columns, the
+// rows `stride` apart. Method and proof: src/syncbn/reproducible.py.
+constexpr int64_t slices = 4;
+constexpr int64_t represented = 1 + slices + 1;  // top, slices, the sum of what is not finite
+constexpr double lowest_top = -31;
+
 struct ReproducibleLoops {
-  int64_t numbers;  // of a representation, per column
-  void (*represent)(double* terms, int64_t rows, int64_t columns, double* result, int64_t stride);
-  void (*total)(const double* received, int64_t sets, int64_t stride, int64_t columns,
-                double* high, double* low);
+  // Adds `rows` rows of terms to the sums that `into` represents.
+  void (*add)(const double* terms, int64_t rows, int64_t columns, double* into, int64_t stride);
+  // Adds the sums that `from` represents to those of `into`.
+  void (*unite)(int64_t columns, const double* from, double* into, int64_t stride);
+  // The sums that `sets` representations, `apart` doubles apart, stand for: high + low.
+  void (*total)(const double* received, int64_t sets, int64_t apart, int64_t columns, double* high,
+                double* low);
+  // Squares of values, rounded, and the rounding's errors.
+  void (*squares)(int64_t count, const double* values, double* squares, double* errors);
   void (*moment_terms)(int64_t some, double n, const double* mean, const double* m2,
                        double* firsts, double* seconds);
   void (*moments_of_sums)(int64_t channels, double count, const double* first,

@@ -16,6 +16,7 @@ struct VectorOf<float> {
 template <>
 struct VectorOf<double> {
   typedef double type __attribute__((vector_size(SYNCBN_VECTOR_BYTES)));
+  typedef uint64_t bits __attribute__((vector_size(SYNCBN_VECTOR_BYTES)));
 };
 template <class R>
 using Vector = typename VectorOf<R>::type;
@@ -41,6 +42,19 @@ SYNCBN_INLINE To bit_cast(const From& from) {
 template <class R>
 SYNCBN_INLINE Vector<R> broadcast(R value) {
   return value - Vector<R>{};
+}
+
+// Rounded towards zero; |v| < 2⁵¹.
+SYNCBN_INLINE Vector<double> truncated(Vector<double> v) {
+#if SYNCBN_AVX == 512
+  return (Vector<double>)_mm512_roundscale_pd((__m512d)v, _MM_FROUND_TO_ZERO | _MM_FROUND_NO_EXC);
+#elif SYNCBN_AVX == 256
+  return (Vector<double>)_mm256_round_pd((__m256d)v, _MM_FROUND_TO_ZERO | _MM_FROUND_NO_EXC);
+#else
+  const Vector<double> size = v < 0 ? -v : v, near = (size + 0x1p52) - 0x1p52;
+  const Vector<double> cut = near > size ? near - 1 : near;
+  return v < 0 ? -cut : cut;
+#endif
 }
 
 // v with all but the first n elements replaced.

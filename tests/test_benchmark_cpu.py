@@ -52,9 +52,9 @@ def test_layers_prints_a_table():
 
 
 def test_ranks():
-    (row,) = rows_of("ranks", "--rounds", "2")
-    assert row["over_parts"] > 0
-    assert row["naive_over_syncbn"] > 0
+    for row in rows_of("ranks", "--rounds", "2"):
+        assert row["over_parts"] > 0
+        assert row["naive_over_syncbn"] > 0
 
 
 def test_accuracy():

@@ -43,6 +43,24 @@ SLOW = [
 ]
 
 
+def test_reproducible_for_any_layout(ranks):
+    """The batch may lie inside other dimensions, with symbols for strides."""
+    whole = torch.randn(2, 7, 6, 3).permute(2, 3, 1, 0)
+
+    def run(rank, split):
+        reproducible = syncbn.SyncBatchNorm2d(3, reproducible=True)
+        call, _ = compiled(reproducible, dynamic=True)
+        share = whole[sum(split[:rank]) : sum(split[: rank + 1])].detach().requires_grad_()
+        y = call(share)
+        y.backward(share.detach().cos())
+        assert y.stride() == torch.empty_like(share).stride()
+        return y.detach(), share.grad
+
+    results = [ranks(2, run, split) for split in ((3, 3), (1, 5), (4, 2))]
+    first, *others = [[torch.cat(part) for part in zip(*result, strict=True)] for result in results]
+    assert all(torch.equal(a, b) for other in others for a, b in zip(other, first, strict=True))
+
+
 @pytest.mark.parametrize(
     ("corner", "backend", "chosen"),
     [*((name, "aot_eager", None) for name in CORNERS if name != "reproducible"), *SLOW],

@@ -199,8 +199,17 @@ def test_samples_are_added_up_to_the_whole(implementation, dtype, lengths, offse
 
 @pytest.mark.skipif(not native.available(), reason="needs the compiled operators")
 def test_represented_samples_are_the_same_bits_everywhere():
-    x = torch.randn(5, 200, 1, dtype=torch.float64) * 10.0 ** torch.arange(-100, 100).view(200, 1)
+    powers = 10.0 ** torch.arange(-100, 100, dtype=torch.float64)
+    x = torch.randn(5, 200, 1, dtype=torch.float64) * powers.view(200, 1)
     x[0, 3] = float("inf")
     x[1, 4] = float("nan")
     x[:, 5] = 0
-    assert torch.equal(*(k.measure_samples(x, None).nan_to_num(7e7) for k in IMPLEMENTATIONS))
+    x[:, 6] = 1e200  # whose squares are infinite
+    sent = [k.measure_samples(x, None) for k in IMPLEMENTATIONS]
+    finite = [part[1:].view(2, 6, 200)[..., 7:] for part in sent]
+    assert torch.equal(*finite)
+    merged = [k.merge_samples(part[None]) for k, part in zip(IMPLEMENTATIONS, sent, strict=True)]
+    assert torch.equal(*(part.nan_to_num(7e7, 7e7) for part in merged))
+    mean, m2 = merged[0][0, 1:].view(2, 200)
+    assert m2[3:5].isnan().all()
+    assert (mean[6], m2[6]) == (1e200, float("inf"))

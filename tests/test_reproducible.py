@@ -122,11 +122,17 @@ def same_bits(ranks, case):
         assert all(torch.equal(one, other) for one, other in zip(bits, alone, strict=True)), split
 
 
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-def test_threads_change_nothing(layout):
-    case = Case(
-        split=(3,), channels=20, spatial=(70, 80), layout=layout, offset=50.0, reproducible=True
-    )
+@pytest.mark.parametrize(
+    ("samples", "spatial", "layout"),
+    [
+        (3, (70, 80), "contiguous"),
+        (3, (70, 80), "channels_last"),
+        (300, (3, 4), "contiguous"),
+        (4001, (), "contiguous"),
+    ],
+)
+def test_threads_change_nothing(samples, spatial, layout):
+    case = Case((samples,), 20, spatial, layout=layout, offset=50.0, reproducible=True)
     before = torch.get_num_threads()
     try:
         seen = []
@@ -156,6 +162,31 @@ def test_masked_batches_too(ranks):
     for split in ((3, 3), (1, 5), (2, 1, 3), (0, 2, 4)):
         bits = everything(ranks(len(split), run, split))
         assert all(torch.equal(one, other) for one, other in zip(bits, alone, strict=True)), split
+
+
+def test_gradients_that_keep_their_graph_too(ranks):
+    x, dy = torch.randn(2, 6, 3, 4, 5) + 2
+
+    def run(rank, split, reproducible):
+        mine = slice(sum(split[:rank]), sum(split[: rank + 1]))
+        layer = syncbn.SyncBatchNorm2d(3, reproducible=reproducible)
+        share = x[mine].clone().requires_grad_()
+        (dx,) = torch.autograd.grad(layer(share), share, dy[mine], create_graph=True)
+        dx.square().sum().backward()
+        return dx.detach(), share.grad, layer.weight.grad
+
+    (alone, second, weight) = run(0, (6,), True)
+    for split in ((3, 3), (1, 5), (2, 0, 4)):
+        results = ranks(len(split), run, split, True)
+        assert torch.equal(torch.cat([dx for dx, *_ in results]), alone), split
+        for got, expected in (
+            (torch.cat([dxx for _, dxx, _ in results]), second),
+            (sum(dweight for *_, dweight in results), weight),
+        ):
+            torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+    usual = run(0, (6,), False)
+    for one, other in zip(usual, (alone, second, weight), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
 
 
 def test_a_network_in_training_keeps_its_statistics_to_the_bit(ranks):

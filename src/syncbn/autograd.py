@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from .comm import Communicator
-from .differentiable import differentiable_gradients
+from .differentiable import differentiable_gradients, with_value
 from .share import Share
 
 
@@ -84,19 +84,38 @@ class _SyncBatchNorm(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, mean, invstd, count = ctx.saved_tensors
+        x, weight, *statistics = ctx.saved_tensors
         share: Share = ctx.share
         wants_x, wants_weight, wants_bias = ctx.needs_input_grad[:3]
-        dx = None
+        dx: Tensor | None
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph
             dx, local = differentiable_gradients(dy, x, weight, ctx.eps, share.comm)
+            if share.reproducible:
+                with torch.no_grad():
+                    value, _ = _gradients(share, wants_x, dy, x, weight, *statistics)
+                dx = None if value is None else with_value(dx, value)
         else:
-            local, total = share.gradient_sums(dy, x, mean, invstd)
-            if wants_x:
-                dx = share.kernels.input_gradient(dy, x, weight, mean, invstd, total, count)
+            dx, local = _gradients(share, wants_x, dy, x, weight, *statistics)
         dweight = local[1].to(weight.dtype) if wants_weight else None
         dbias = local[0].to(ctx.bias_dtype) if wants_bias else None
         return dx, dweight, dbias, *(None,) * 8
+
+
+def _gradients(
+    share: Share,
+    wants_x: bool,
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    mean: Tensor,
+    invstd: Tensor,
+    count: Tensor,
+) -> tuple[Tensor | None, Tensor]:
+    """dx like x, if wanted, and this rank's (Σdy, Σdy·x̂) per channel (2, C)."""
+    local, total = share.gradient_sums(dy, x, mean, invstd)
+    if not wants_x:
+        return None, local
+    return share.kernels.input_gradient(dy, x, weight, mean, invstd, total, count), local
 
 
 def _check_count(x: Tensor, sets: Tensor, comm: Communicator) -> None:

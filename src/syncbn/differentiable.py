@@ -38,6 +38,22 @@ def differentiable_gradients(
     return dx, sums + total.flatten()[:0].sum()
 
 
+def with_value(tensor: Tensor, value: Tensor) -> Tensor:
+    """``value``, with the derivatives of ``tensor``, which equals it but for rounding."""
+    result: Tensor = _Value.apply(tensor, value)  # type: ignore[no-untyped-call]
+    return result
+
+
+class _Value(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, value: Tensor) -> Tensor:
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient, None
+
+
 class _AllGather(torch.autograd.Function):
     """Each rank's tensor reaches every rank: its derivative is the sum of what they all return."""
 

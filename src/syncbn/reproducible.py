@@ -96,7 +96,8 @@ def merge_moments(sets: Tensor) -> Tensor:
     outer, outer_low = _two_product(mean, inner)
     m2, m2_low = _two_sum(square_high, -outer)
     m2_low = m2_low + (square_low - outer_low - mean * inner_low)
-    return Moments(count, mean, (m2 + m2_low).clamp_min(0)).pack()
+    m2 = torch.where(square_high.isfinite(), m2 + m2_low, square_high + (mean - mean))
+    return Moments(count, mean, m2.clamp_min(0)).pack()
 
 
 def _power_of_two(exponent: Tensor) -> Tensor:

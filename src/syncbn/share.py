@@ -15,6 +15,8 @@ class Share:
     The result is right to rounding, and the same bits on every rank.
     """
 
+    reproducible = False
+
     def __init__(self, comm: Communicator, kernels: Kernels) -> None:
         self.comm = comm
         self.kernels = kernels
@@ -38,12 +40,12 @@ class Share:
 def samples_apart(x: Tensor) -> Tensor:
     """x (N, C, *), or a copy of it where its samples don't lie one after the other, without gaps.
 
-    The order of the dimensions within a sample stays. So what a kernel makes of a sample does not
-    depend on how many others a rank has, as it would where strides depend on their number. A
-    compiled graph takes x as it lies: its strides may be symbols, which have no order.
+    The order of the dimensions within a sample stays, except in a compiled graph, whose strides may
+    be symbols, which have no order. So what a kernel makes of a sample does not depend on how many
+    others a rank has, as it would where strides depend on their number.
     """
     if x.is_contiguous() or torch.compiler.is_compiling():
-        return x
+        return x.contiguous()
     strides = x.stride()
     inner = sorted(range(1, x.dim()), key=lambda d: (x.shape[d] == 1, -strides[d]))
     outermost = x.permute(0, *inner)
@@ -62,6 +64,8 @@ class ReproducibleShare(Share):
     lengths: (N,) where dimension 0 of x is no longer samples but their values (after a mask): how
     many belong to each sample.
     """
+
+    reproducible = True
 
     def __init__(self, comm: Communicator, kernels: Kernels, lengths: Tensor | None = None) -> None:
         super().__init__(comm, kernels)

@@ -1,0 +1,131 @@
+// The operators of the library "syncbn" on LibTorch's stable ABI: check, allocate, loop.
+// Formulas and shapes: src/syncbn/kernels/composite.py.
+#pragma once
+
+#include <tuple>
+
+#include "local.h"
+#include "tensors.h"
+
+namespace syncbn::operators {
+
+inline Tensor measure(const Tensor& x) {
+  const Dtype dtype = check_input("measure", x);
+  const int64_t channels = x.size(1);
+  Tensor packed = doubles(1 + 2 * channels);
+  if (x.numel() == 0) {
+    for (int64_t j = 0; j < 1 + 2 * channels; ++j) data(packed)[j] = 0;
+    return packed;
+  }
+  const Problem p = make_problem(dtype, x, nullptr, nullptr);
+  syncbn::measure(parallel(), p.work, p.views[0], data(packed));
+  return packed;
+}
+
+inline std::tuple<Tensor, Tensor, Tensor, Tensor> normalise(
+    const Tensor& x, const Tensor& sets, const Maybe& weight, const Maybe& bias,
+    const Maybe& running_mean, const Maybe& running_var, const Maybe& num_batches_tracked,
+    std::optional<double> momentum, double eps) {
+  const Dtype dtype = check_input("normalise", x);
+  const int64_t channels = x.size(1);
+  STD_TORCH_CHECK(torch_dtype(sets) == aoti_torch_dtype_float64() && sets.dim() == 2 &&
+                      sets.size(1) == 1 + 2 * channels && sets.stride(1) == 1,
+                  "syncbn::normalise: expected sets as packed float64 moments of shape (k, ",
+                  1 + 2 * channels, "), got shape ", shape(sets));
+  const Running r = running("normalise", running_mean, running_var, num_batches_tracked, momentum, channels);
+  const Affine affine{parameter("normalise", "weight", weight, channels),
+                      parameter("normalise", "bias", bias, channels)};
+  Tensor y = new_like(x), mean = doubles(channels), invstd = doubles(channels);
+  Tensor count = allocate(nullptr, nullptr, 0, aoti_torch_dtype_float64());
+  const Loopset& set = best_loopset();
+  const ChannelLoops& loops = set.channels[int(dtype)];
+  Scratch scratch(channels);
+  double* m2 = scratch.take(channels);
+  *data(count) = merge_sets(data(sets), sets.size(0), sets.stride(0), channels, loops, data(mean), m2);
+  follow(loops, channels, *data(count), data(mean), m2, r, eps, data(invstd));
+  if (x.numel() > 0) {
+    const Problem p = make_problem(dtype, x, nullptr, &y);
+    syncbn::normalise(parallel(), p.work, p.views[0], p.views[1], affine,
+                      {*data(count), data(mean), data(invstd)});
+  }
+  return {y, mean, invstd, count};
+}
+
+inline Tensor gradient_sums(const Tensor& dy, const Tensor& x, const Tensor& mean, const Tensor& invstd) {
+  const Dtype dtype = check_input("gradient_sums", x);
+  check_gradient("gradient_sums", dy, x);
+  const int64_t channels = x.size(1);
+  const double* means = check_doubles("gradient_sums", "mean", mean, channels);
+  const double* invstds = check_doubles("gradient_sums", "invstd", invstd, channels);
+  Tensor sums = doubles(2, channels);
+  if (x.numel() == 0) {
+    for (int64_t j = 0; j < 2 * channels; ++j) data(sums)[j] = 0;
+    return sums;
+  }
+  const Problem p = make_problem(dtype, x, &dy, nullptr);
+  syncbn::gradient_sums(parallel(), p.work, p.views[1], p.views[0], means, invstds, data(sums));
+  return sums;
+}
+
+inline Tensor input_gradient(const Tensor& dy, const Tensor& x, const Maybe& weight, const Tensor& mean,
+                      const Tensor& invstd, const Tensor& sums, const Tensor& count) {
+  const Dtype dtype = check_input("input_gradient", x);
+  check_gradient("input_gradient", dy, x);
+  const int64_t channels = x.size(1);
+  const double* means = check_doubles("input_gradient", "mean", mean, channels);
+  const double* invstds = check_doubles("input_gradient", "invstd", invstd, channels);
+  const double* totals = check_doubles("input_gradient", "sums", sums, 2 * channels);
+  const double* n = check_doubles("input_gradient", "count", count, 1);
+  const Parameter weights = parameter("input_gradient", "weight", weight, channels);
+  Tensor dx = new_like(x);
+  if (x.numel() == 0) return dx;
+  const Problem p = make_problem(dtype, x, &dy, &dx);
+  syncbn::input_gradient(parallel(), p.work, p.views[1], p.views[0], p.views[2], weights,
+                         {*n, const_cast<double*>(means), const_cast<double*>(invstds)}, totals);
+  return dx;
+}
+
+// --- one process -------------------------------------------------------------------------------
+
+inline std::tuple<Tensor, Tensor> batch_norm(const Tensor& x, const Maybe& weight, const Maybe& bias,
+                                      const Maybe& running_mean, const Maybe& running_var,
+                                      const Maybe& num_batches_tracked,
+                                      std::optional<double> momentum, double eps) {
+  const Dtype dtype = check_input("batch_norm", x);
+  const int64_t channels = x.size(1);
+  STD_TORCH_CHECK(x.numel() > 0, "syncbn::batch_norm: expected a tensor with values, got shape ", shape(x));
+  const Running r = running("batch_norm", running_mean, running_var, num_batches_tracked, momentum, channels);
+  const Affine affine{parameter("batch_norm", "weight", weight, channels),
+                      parameter("batch_norm", "bias", bias, channels)};
+  check_mixture("batch_norm", affine, dtype);
+  Tensor y = new_like(x), saved = doubles(2, channels);
+  const Problem p = make_problem(dtype, x, nullptr, &y);
+  forward(parallel(), p.work, p.views[0], p.views[1], affine, r, eps, data(saved),
+          data(saved) + channels);
+  return {y, saved};
+}
+
+inline std::tuple<Tensor, Tensor, Tensor> batch_norm_backward(const Tensor& dy, const Tensor& x,
+                                               const Maybe& weight, const Tensor& saved) {
+  const Dtype dtype = check_input("batch_norm_backward", x);
+  check_gradient("batch_norm_backward", dy, x);
+  const int64_t channels = x.size(1);
+  STD_TORCH_CHECK(x.numel() > 0, "syncbn::batch_norm_backward: expected a tensor with values, got shape ",
+                  shape(x));
+  const double* mean = check_doubles("batch_norm_backward", "saved", saved, 2 * channels);
+  const Parameter weights = parameter("batch_norm_backward", "weight", weight, channels);
+  Tensor dx = new_like(x);
+  const int64_t one = 1;
+  const int32_t type = weight ? torch_dtype(*weight) : aoti_torch_dtype_float32();
+  Tensor dweight = allocate(&channels, &one, 1, type), dbias = allocate(&channels, &one, 1, type);
+  const Problem p = make_problem(dtype, x, &dy, &dx);
+  Scratch scratch(2 * channels);
+  double* sums = scratch.take(2 * channels);
+  backward(parallel(), p.work, p.views[1], p.views[0], p.views[2], weights, mean, mean + channels,
+           sums);
+  write(parameter("batch_norm_backward", "dbias", dbias, channels), channels, sums);
+  write(parameter("batch_norm_backward", "dweight", dweight, channels), channels, sums + channels);
+  return {dx, dweight, dbias};
+}
+
+}  // namespace syncbn::operators

@@ -1,0 +1,138 @@
+// The operators of samples that are added up so that no split of the batch shows.
+// Shapes: src/syncbn/kernels/composite.py; method and proof: src/syncbn/reproducible.py.
+#pragma once
+
+#include <vector>
+
+#include "samples.h"
+#include "tensors.h"
+
+namespace syncbn::operators {
+
+// The samples of x: elements of dimension 0, or lengths[n] of them each. None if x has no values.
+class Samples {
+ public:
+  Samples(const char* op, const Tensor& x, const Maybe& lengths)
+      : size_(lengths ? lengths->numel() : x.size(0)),
+        single_(!lengths && x.numel() == x.size(0) * x.size(1)) {
+    if (lengths) check_lengths(op, x, *lengths);
+    if (x.numel() == 0) size_ = 0;
+  }
+  int64_t size() const { return size_; }
+  bool single() const { return single_; }  // whether each is one value per channel
+  int64_t begin(int64_t n) const { return begins_.empty() ? n : begins_[size_t(n)]; }
+  int64_t count(int64_t n) const { return begin(n + 1) - begin(n); }
+  // On tensors whose strides suit a sample; how many others there are must not tell.
+  Problem problem(Dtype dtype, const Tensor& x, const Tensor* dy) const {
+    return size_ == 0 ? Problem{} : make_problem(dtype, x, dy, nullptr, 1);
+  }
+
+ private:
+  void check_lengths(const char* op, const Tensor& x, const Tensor& lengths) {
+    STD_TORCH_CHECK(torch_dtype(lengths) == aoti_torch_dtype_int64() && lengths.is_contiguous(),
+                    "syncbn::", op, ": expected lengths as contiguous int64 numbers");
+    const int64_t* counts = static_cast<const int64_t*>(lengths.data_ptr());
+    begins_.push_back(0);
+    bool fit = true;
+    for (int64_t n = 0; n < size_; ++n) {
+      fit = fit && counts[n] >= 0;
+      begins_.push_back(begins_.back() + counts[n]);
+    }
+    STD_TORCH_CHECK(fit && begins_.back() == x.size(0), "syncbn::", op,
+                    ": expected lengths that add up to ", x.size(0), ", the size of x");
+  }
+
+  int64_t size_;
+  bool single_;
+  std::vector<int64_t> begins_;
+};
+
+// The values of element n of dimension 0 of t, one per channel, as doubles.
+inline void read_element(const Tensor& t, Dtype dtype, int64_t n, double* values) {
+  read({element(t, dtype, n), dtype, t.stride(1)}, t.size(1), 0, values);
+}
+
+inline Tensor measure_samples(const Tensor& x, const Maybe& lengths) {
+  const Dtype dtype = check_input("measure_samples", x);
+  const int64_t channels = x.size(1), row = 1 + 2 * channels;
+  const Samples samples("measure_samples", x, lengths);
+  const ReproducibleLoops& loops = best_loopset().reproducible;
+  Tensor result = doubles(1 + 2 * represented * channels);
+  data(result)[0] = double(x.numel() / channels);
+  const Problem all = samples.problem(dtype, x, nullptr);
+  add_up(parallel(), loops, samples.size(), x.numel(), 2, channels,
+         data(result) + 1, [&](int64_t begin, int64_t end, double* sums) {
+    if (samples.single()) {
+      add_values(loops, channels, dtype != Dtype::float64, begin, end, sums,
+                 [&](int64_t n, double* values) { read_element(x, dtype, n, values); });
+      return;
+    }
+    Problem p = all;
+    add_moments(loops, channels, begin, end, sums, [&](int64_t n, double* packed) {
+      if (samples.count(n) == 0) return void(std::fill(packed, packed + row, 0.0));
+      p.look(samples.begin(n), samples.count(n));
+      syncbn::measure(parallel(), p.work, p.views[0], packed);
+    });
+  });
+  return result;
+}
+
+inline Tensor merge_samples(const Tensor& received) {
+  const int64_t numbers = 2 * represented;
+  STD_TORCH_CHECK(torch_dtype(received) == aoti_torch_dtype_float64() && received.dim() == 2 &&
+                      received.size(0) > 0 && received.stride(1) == 1 &&
+                      received.size(1) % numbers == 1,
+                  "syncbn::merge_samples: expected float64 numbers of shape (W, 1 + ", numbers,
+                  "·C), got shape ", shape(received));
+  const int64_t channels = received.size(1) / numbers;
+  Tensor packed = doubles(1, 1 + 2 * channels);
+  merge_represented(best_loopset().reproducible, data(received), received.size(0),
+                    received.stride(0), channels, data(packed));
+  return packed;
+}
+
+inline Tensor gradient_sums_samples(const Tensor& dy, const Tensor& x, const Tensor& mean,
+                                    const Tensor& invstd, const Maybe& lengths) {
+  const Dtype dtype = check_input("gradient_sums_samples", x);
+  check_gradient("gradient_sums_samples", dy, x);
+  const int64_t channels = x.size(1), columns = 2 * channels;
+  const double* means = check_doubles("gradient_sums_samples", "mean", mean, channels);
+  const double* invstds = check_doubles("gradient_sums_samples", "invstd", invstd, channels);
+  const Samples samples("gradient_sums_samples", x, lengths);
+  const ReproducibleLoops& loops = best_loopset().reproducible;
+  Tensor result = doubles(represented, columns);
+  const Problem all = samples.problem(dtype, x, &dy);
+  add_up(parallel(), loops, samples.size(), x.numel(), 1, columns, data(result),
+         [&](int64_t begin, int64_t end, double* total) {
+    Problem p = all;
+    add_rows(loops, columns, begin, end, total, [&](int64_t n, double* sums) {
+      if (samples.count(n) == 0) return void(std::fill(sums, sums + columns, 0.0));
+      if (!samples.single()) {
+        p.look(samples.begin(n), samples.count(n));
+        syncbn::gradient_sums(parallel(), p.work, p.views[1], p.views[0], means, invstds, sums);
+        return;
+      }
+      double* dots = sums + channels;
+      read_element(dy, dtype, n, sums);
+      read_element(x, dtype, n, dots);
+      for (int64_t c = 0; c < channels; ++c) dots[c] = sums[c] * ((dots[c] - means[c]) * invstds[c]);
+    });
+  });
+  return result;
+}
+
+inline Tensor total_samples(const Tensor& received) {
+  STD_TORCH_CHECK(torch_dtype(received) == aoti_torch_dtype_float64() && received.dim() == 3 &&
+                      received.size(0) > 0 && received.size(1) == represented &&
+                      received.size(2) % 2 == 0 && received.is_contiguous(),
+                  "syncbn::total_samples: expected contiguous float64 numbers of shape (W, ",
+                  represented, ", 2·C), got shape ", shape(received));
+  const int64_t columns = received.size(2);
+  Tensor sums = doubles(2, columns / 2);
+  Scratch scratch(columns);
+  best_loopset().reproducible.total(data(received), received.size(0), represented * columns,
+                                    columns, data(sums), scratch.take(columns));
+  return sums;
+}
+
+}  // namespace syncbn::operators
