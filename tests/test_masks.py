@@ -2,29 +2,18 @@
 
 from __future__ import annotations
 
+import copy
+
 import oracle
 import pytest
 import torch
+from sequences import packed, speech
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
 
 import syncbn
-from syncbn import mask_from_lengths, masking
-
-LENGTHS = torch.tensor([5, 2, 7, 1, 3])
-
-
-def speech(size=7, channels=3, dtype=torch.float64, padding=0.0):
-    """Sequences (N, C, size) of LENGTHS, padded, their mask, and an output gradient."""
-    generator = torch.Generator().manual_seed(0)
-    x, dy = torch.randn(2, 5, channels, 7, generator=generator, dtype=torch.float64) * 2 + 3
-    mask = mask_from_lengths(LENGTHS, size)
-    wide = torch.full((2, 5, channels, size), padding, dtype=torch.float64)
-    wide[..., :7] = torch.stack((x, dy))
-    return (*wide.masked_fill(~mask.unsqueeze(1), padding).to(dtype), mask)
-
-
-def packed(tensor, mask):
-    return tensor.movedim(1, -1)[mask]
+from syncbn import mask_from_lengths
 
 
 def step(layer, x, dy, mask):
@@ -135,79 +124,101 @@ def test_second_derivatives_through_a_mask():
     assert torch.autograd.gradgradcheck(masked, x[:2].requires_grad_())
 
 
+@pytest.mark.parametrize("split", [(3, 2), (2, 0, 3)])
+@pytest.mark.parametrize("reproducible", [True, False])
+def test_second_derivatives_over_ranks(ranks, split, reproducible):
+    """Of a loss over the gradient's norm; a rank's padding has no part in it."""
+    x, dy, mask = speech(padding=1e9)
+
+    def run(rank, split):
+        mine = slice(sum(split[:rank]), sum(split[: rank + 1]))
+        layer = syncbn.SyncBatchNorm(3, dtype=torch.float64, reproducible=reproducible)
+        share = x[mine].clone().requires_grad_()
+        y = layer(share, mask[mine]).tanh()
+        (dx,) = torch.autograd.grad((y * dy[mine]).sum() / 1e9, share, create_graph=True)
+        dx.square().sum().backward()
+        return dx.detach(), share.grad, layer.weight.grad
+
+    dx, dxx, dweight = run(0, (5,))
+    assert not packed(dxx, ~mask).any()
+    values = packed(x, mask).requires_grad_()
+    y = nn.functional.batch_norm(values, None, None, training=True).tanh()
+    (first,) = torch.autograd.grad((y * packed(dy, mask)).sum() / 1e9, values, create_graph=True)
+    (second,) = torch.autograd.grad(first.square().sum(), values)
+    torch.testing.assert_close(packed(dx, mask), first.detach())
+    torch.testing.assert_close(packed(dxx, mask), second)
+    results = [
+        torch.cat(part) for part in list(zip(*ranks(len(split), run, split), strict=True))[:2]
+    ]
+    torch.testing.assert_close(results, [dx, dxx])
+    total = sum(weight for *_, weight in ranks(len(split), run, split))
+    torch.testing.assert_close(total, dweight)
+
+
+class Masked(nn.Module):
+    """A block whose forward passes the mask on; ``reentrant`` checkpoints it."""
+
+    def __init__(self, reentrant=None):
+        super().__init__()
+        torch.manual_seed(5)
+        self.conv, self.norm = nn.Conv1d(3, 4, 1), nn.BatchNorm1d(4)
+        self.reentrant = reentrant
+        self.double()
+
+    def block(self, x, mask):
+        return self.norm(self.conv(x), mask).tanh()
+
+    def forward(self, x, mask):
+        if self.reentrant is None:
+            return self.block(x, mask)
+        return checkpoint(self.block, x, mask, use_reentrant=self.reentrant)
+
+
+@pytest.mark.parametrize("reentrant", [None, True, False])
+def test_training_under_ddp_equals_one_process(ranks, reentrant):
+    """Checkpointed or not; one rank's share is two sequences, the other's three."""
+    x, dy, mask = speech(padding=1e9)
+    dy = dy[:, :1] / 1e9
+
+    def train(model, mine, ranks):
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        for _ in range(3):
+            optimizer.zero_grad()
+            y = model(x[mine].clone().requires_grad_(), mask[mine])
+            (ranks * (y * dy[mine]).sum()).backward()
+            optimizer.step()
+        return model.state_dict()
+
+    def run(rank):
+        model = syncbn.convert(Masked(reentrant))
+        ddp = DistributedDataParallel(model, static_graph=reentrant is True)
+        train(ddp, slice(0, 2) if rank == 0 else slice(2, 5), 2)
+        return model.state_dict()
+
+    alone = train(syncbn.convert(Masked()), slice(None), 1)
+    for state in ranks(2, run):
+        torch.testing.assert_close(state, alone, rtol=1e-9, atol=1e-12)
+        assert state["norm.num_batches_tracked"] == 3
+
+
+def test_convert_leaves_models_without_masks_alone():
+    model = nn.Sequential(nn.Conv1d(3, 4, 1), nn.BatchNorm1d(4), nn.ReLU(), nn.BatchNorm1d(4))
+    plain, x = copy.deepcopy(model), torch.randn(5, 3, 7)
+    syncbn.convert(model)
+    for training in (True, False):
+        torch.testing.assert_close(model.train(training)(x), plain.train(training)(x))
+    torch.testing.assert_close(model.state_dict(), plain.state_dict())
+    for ours, theirs in zip(model.modules(), plain.modules(), strict=True):
+        assert ours._forward_pre_hooks == theirs._forward_pre_hooks == {}
+        assert list(ours._parameters) == list(theirs._parameters)
+        assert list(ours._buffers) == list(theirs._buffers)
+
+
 def test_lazy_layers_take_a_mask():
     x, _, mask = speech()
     layer = syncbn.LazySyncBatchNorm1d(dtype=torch.float64)
     torch.testing.assert_close(layer(x, mask), syncbn.SyncBatchNorm(3).double()(x, mask))
     assert type(layer) is syncbn.SyncBatchNorm1d
-
-
-class Deep(nn.Module):
-    """A model whose forward knows no mask, and halves the length on its way."""
-
-    def __init__(self):
-        super().__init__()
-        self.first = nn.BatchNorm1d(3)
-        self.pool = nn.AvgPool1d(2)
-        self.rest = nn.ModuleDict({"second": nn.BatchNorm1d(3)})
-
-    def forward(self, x):
-        return self.rest["second"](self.pool(self.first(x)))
-
-
-def test_masking_reaches_layers_deep_inside():
-    x, _, mask = speech(size=8)
-    model = syncbn.convert(Deep().double())
-    halves = mask[:, ::2]
-
-    def choose(name, input):
-        return {"first": mask, "rest.second": halves}[name]
-
-    with masking(model, choose):
-        y = model(x)
-    alone = syncbn.convert(Deep().double())
-    expected = alone.rest["second"](alone.pool(alone.first(x, mask)), halves)
-    assert torch.equal(y, expected)
-    assert torch.equal(model.first.running_mean, alone.first.running_mean)
-    assert not model.first._forward_pre_hooks, "gone with the context"
-
-
-def test_masking_inside_a_conformer():
-    transformers = pytest.importorskip("transformers", reason="needs transformers")
-    torch.manual_seed(0)
-    config = transformers.Wav2Vec2ConformerConfig(
-        hidden_size=16, num_attention_heads=2, intermediate_size=16, num_hidden_layers=2,
-        conv_depthwise_kernel_size=3, position_embeddings_type=None,
-    )  # fmt: skip
-    module = transformers.models.wav2vec2_conformer.modeling_wav2vec2_conformer
-    block = syncbn.convert(module.Wav2Vec2ConformerConvolutionModule(config))
-    x = torch.randn(5, 7, 16)
-    with masking(block, mask_from_lengths(LENGTHS, 7)):
-        block(x)
-    once = block.batch_norm.running_mean.clone()
-    block.batch_norm.reset_running_stats()
-    longer = torch.cat((x, torch.full((5, 4, 16), 0.0)), 1)
-    with masking(block, mask_from_lengths(LENGTHS, 11)):
-        block(longer)
-    torch.testing.assert_close(block.batch_norm.running_mean[:4], once[:4])
-
-
-def test_masking_says_what_is_wrong():
-    x, _, mask = speech(size=8)
-    model = syncbn.convert(Deep().double())
-    with masking(model, mask), pytest.raises(ValueError, match=r"layer 'rest.second': .*\(5, 4\)"):
-        model(x)
-    with masking(model, lambda name, input: None):
-        model(x)
-    with (
-        pytest.raises(ValueError, match="none in Linear; convert it first"),
-        masking(nn.Linear(2, 2), mask),
-    ):
-        pass
-    with pytest.raises(TypeError, match="function of a layer's name"), masking(model, 3):
-        pass
-    with pytest.raises(TypeError, match=r"expected a torch\.nn\.Module, got int"), masking(3, mask):
-        pass
 
 
 @pytest.mark.parametrize(
@@ -235,5 +246,6 @@ def test_masks_from_lengths():
         mask_from_lengths(torch.tensor([-1, 3]))
     with pytest.raises(ValueError, match=r"shape \(N,\), got \(1, 1\)"):
         mask_from_lengths(torch.tensor([[1]]))
-    with pytest.raises(TypeError, match=r"integer tensor, got torch\.float32"):
-        mask_from_lengths(torch.tensor([1.0]))
+    for lengths in (torch.tensor([1.0]), torch.tensor([True]), torch.tensor([1j])):
+        with pytest.raises(TypeError, match=rf"integer tensor, got {lengths.dtype}"):
+            mask_from_lengths(lengths)

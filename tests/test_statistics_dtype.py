@@ -45,6 +45,17 @@ def test_only_the_statistics_have_it():
     assert set(dtypes(layer.to(torch.float32))) == {torch.float32}
 
 
+def test_reverted_layers_compute_as_torchs_do():
+    """Which take statistics of the weight's dtype only."""
+    layer, x = wide(), torch.randn(2, 3, 4, 4)
+    layer(x)
+    expected = layer.eval()(x)
+    reverted = syncbn.revert(layer)
+    assert set(dtypes(reverted)) == {torch.float32}
+    torch.testing.assert_close(reverted(x), expected)
+    assert syncbn.revert(wide(affine=False)).running_var.dtype == torch.float64, "nothing tells"
+
+
 def test_lazy_layers_take_it():
     layer = syncbn.LazySyncBatchNorm2d(statistics_dtype=torch.float64)
     for lazy in (layer, copy.deepcopy(layer)):

@@ -133,7 +133,8 @@ def revert(module: ModuleT) -> ModuleT:
     torch class they stand in for: BatchNorm1d/2d/3d, or torch.nn.SyncBatchNorm for
     :class:`SyncBatchNorm` (whose Lazy form torch lacks: it must have seen its input). What convert
     did not make (parametrized or sharded since, or with behaviour of its own) is left alone and
-    named in one warning. For inference, export and tools that know torch's classes.
+    named in one warning. Running statistics of another dtype than the weight (``statistics_dtype``)
+    become of the weight's. For inference, export and tools that know torch's classes.
 
     Args:
         module: a model, or a single layer. Returned.
@@ -157,8 +158,9 @@ def revert(module: ModuleT) -> ModuleT:
             continue
         lazy = isinstance(layer, LazyModuleMixin)
         source = origin.source if lazy else _materialised(origin.source)
-        for attribute in ("_origin", "process_group", "reproducible"):
+        for attribute in ("_origin", "process_group", "reproducible", "_masked_as"):
             vars(layer).pop(attribute, None)
+        _narrow_statistics(layer)
         if issubclass(source, nn.SyncBatchNorm):
             layer.process_group = origin.process_group
         _become(layer, source)
@@ -171,6 +173,13 @@ def revert(module: ModuleT) -> ModuleT:
             stacklevel=2,
         )
     return module
+
+
+def _narrow_statistics(layer: SyncBatchNorm) -> None:
+    """Running statistics of the weight's dtype, the only one that torch's layers compute with."""
+    for buffer in (layer.running_mean, layer.running_var):
+        if buffer is not None and layer.weight is not None and buffer.dtype != layer.weight.dtype:
+            buffer.data = buffer.data.to(layer.weight.dtype)
 
 
 def _convert_wrappers(module: nn.Module) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch.nn as nn
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from .masks import check_mask
 from .modules import SyncBatchNorm
@@ -19,8 +20,9 @@ def masking(
 ) -> Iterator[None]:
     """Within the context, every syncbn layer of ``model`` is called with the mask.
 
-    A layer that is given a mask by the model itself keeps that one. Activation checkpointing
-    computes a forward again during backward: then backward belongs inside the context, too.
+    A layer that is given a mask by the model itself keeps that one; of contexts inside each other
+    the innermost that has a mask for a layer gives it. Activation checkpointing computes a forward
+    again during backward: then backward belongs inside the context, too.
 
     Args:
         model: holds syncbn layers (:func:`syncbn.convert`), at any depth.
@@ -32,6 +34,7 @@ def masking(
         TypeError: ``model`` is no Module, or ``mask`` neither tensor nor function.
         ValueError: ``model`` has no syncbn layer; in its forward, the mask doesn't fit a layer,
             which is named.
+        RuntimeError: in backward, a checkpointed layer runs again after the context.
 
     Example:
         >>> model = syncbn.convert(torch.nn.Sequential(torch.nn.BatchNorm1d(2)))
@@ -55,14 +58,17 @@ def masking(
         )
     with ExitStack() as stack:
         for name, layer in layers:
-            hook = layer.register_forward_pre_hook(_supplier(name, mask), with_kwargs=True)
+            hook = layer.register_forward_pre_hook(
+                _supplier(name, mask), prepend=True, with_kwargs=True
+            )
             stack.callback(hook.remove)
         yield
 
 
 def _supplier(name: str, mask: Any) -> Callable[..., Any]:
     def supply(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if len(args) > 1 or kwargs.get("mask") is not None:
+        given = args[1] if len(args) > 1 else kwargs.get("mask")
+        if given is not None or not (args or "input" in kwargs):
             return None
         input = args[0] if args else kwargs["input"]
         own = mask if isinstance(mask, Tensor) else mask(name, input)
@@ -76,6 +82,8 @@ def _supplier(name: str, mask: Any) -> Callable[..., Any]:
                 "give a function of the layer's name and input, and where a DataParallel splits "
                 "the batch, make the mask an input of its module"
             ) from None
-        return args, {**kwargs, "mask": own}
+        if not is_compiling():
+            vars(layer)["_masked_as"] = name
+        return (*args[:1], *args[2:]), {**kwargs, "mask": own}
 
     return supply

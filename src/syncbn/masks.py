@@ -25,7 +25,7 @@ def mask_from_lengths(lengths: Tensor, size: int | None = None) -> Tensor:
         tensor([[ True, False, False],
                 [ True,  True,  True]])
     """
-    if not isinstance(lengths, Tensor) or lengths.dtype.is_floating_point or lengths.is_complex():
+    if not isinstance(lengths, Tensor) or not _is_integer(lengths.dtype):
         got = lengths.dtype if isinstance(lengths, Tensor) else type(lengths).__name__
         raise TypeError(f"mask_from_lengths: expected lengths as an integer tensor, got {got}")
     if lengths.dim() != 1:
@@ -40,6 +40,10 @@ def mask_from_lengths(lengths: Tensor, size: int | None = None) -> Tensor:
             f"{int(lengths.min())} to {longest}; lengths count positions of the padded sequences"
         )
     return torch.arange(size, device=lengths.device) < lengths.unsqueeze(1)
+
+
+def _is_integer(dtype: torch.dtype) -> bool:
+    return not (dtype.is_floating_point or dtype.is_complex or dtype == torch.bool)
 
 
 def check_mask(mask: Tensor, input: Tensor) -> None:

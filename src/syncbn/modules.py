@@ -11,11 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch.nn as nn
 from torch import Tensor
+from torch.compiler import is_compiling
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from .checks import check_input, check_options, check_shape, checked_dtype
 from .comm import LOCAL, Unplaced, default_group, resolve
 from .functional import batch_norm
+from .recomputation import recomputing
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -61,6 +63,7 @@ class SyncBatchNorm(_BatchNorm):
     # On the class too: a converted or unpickled layer may have none of its own.
     process_group: Any = None
     reproducible: bool = False
+    _masked_as: str | None = None  # the name by which masking() gave the last forward a mask
     _shapes: str = "(N, C, *)"
     _dims: tuple[int, ...] = ()
 
@@ -99,6 +102,8 @@ class SyncBatchNorm(_BatchNorm):
 
     def forward(self, input: Tensor, mask: Tensor | None = None) -> Tensor:
         self._check_input_dim(input)
+        if mask is None and self._masked_as is not None and not is_compiling():
+            self._check_masking_lasts()
         mean, var, weight, bias = self._tensors()
         if weight is None and mean is None:  # no tensor that would tell
             check_input(input)
@@ -115,6 +120,15 @@ class SyncBatchNorm(_BatchNorm):
             *(self.momentum, self.eps, self.process_group if self.training else LOCAL),
             *(mask, self.reproducible),
         )
+
+    def _check_masking_lasts(self) -> None:
+        if recomputing():
+            raise RuntimeError(
+                f"masking: layer {self._masked_as!r} runs again in backward, as activation "
+                "checkpointing does, without the mask of its first forward, because the context "
+                "has ended; run backward inside the with block, too"
+            )
+        del self._masked_as
 
     def _tensors(self) -> tuple[Tensor | None, ...]:
         """(running_mean, running_var, weight, bias): by name each takes a microsecond to find."""
