@@ -4,7 +4,7 @@
 
 // How many rows are summed in the arithmetic's own precision before the sums go on in double.
 constexpr int64_t row_block = 32;
-constexpr int64_t first_rows = row_block / 4;  // see first_chunk in contiguous.h
+constexpr int64_t first_rows = row_block / 4;  // see first_chunk in streams.h
 
 // Memory is fastest read from end to end, row by row. Narrow rows are that too when several go
 // side by side, which saves loads of per-channel numbers; and rows of a page or more then are
@@ -31,98 +31,6 @@ SYNCBN_INLINE void for_row_blocks(const View& x, const Tile& t, int64_t most, Bo
     }
   }
 }
-
-// Neighbouring channels: four vectors of them (as two pairs, in the pairs' order), or one, or the
-// first n elements of one.
-template <class T, int vectors>
-struct Group {
-  using R = Real<T>;
-  using V = Vector<R>;
-  static constexpr int64_t w = lanes<R>;
-  V v[vectors];
-
-  static SYNCBN_INLINE Group zero() { return {}; }
-  static SYNCBN_INLINE Group elements(const T* p, int64_t n) {
-    if constexpr (vectors == 4) {
-      const Pair<R> low = load_pair(p), high = load_pair(p + 2 * w);
-      return {{low.a, low.b, high.a, high.b}};
-    } else {
-      return {{n == w ? load(p) : load_some(p, n)}};
-    }
-  }
-  static SYNCBN_INLINE Group channels(const R* p, int64_t n) {
-    if constexpr (vectors == 4) {
-      const Pair<R> low = load_channels<T>(p), high = load_channels<T>(p + 2 * w);
-      return {{low.a, low.b, high.a, high.b}};
-    } else {
-      return {{n == w ? load(p) : load_some(p, n)}};
-    }
-  }
-  // Numbers that already have the pairs' order.
-  static SYNCBN_INLINE Group ordered(const R* p, int64_t n) {
-    if constexpr (vectors == 4)
-      return {{load(p), load(p + w), load(p + 2 * w), load(p + 3 * w)}};
-    else
-      return channels(p, n);
-  }
-  SYNCBN_INLINE void to_elements(T* p, int64_t n) const {
-    if constexpr (vectors == 4) {
-      store_pair(p, Pair<R>{v[0], v[1]});
-      store_pair(p + 2 * w, Pair<R>{v[2], v[3]});
-    } else {
-      n == w ? store(p, v[0]) : store_some(p, n, v[0]);
-    }
-  }
-  SYNCBN_INLINE void to_channels(R* p, int64_t n) const {
-    if constexpr (vectors == 4) {
-      store_channels<T>(p, Pair<R>{v[0], v[1]});
-      store_channels<T>(p + 2 * w, Pair<R>{v[2], v[3]});
-    } else {
-      n == w ? store(p, v[0]) : store_some(p, n, v[0]);
-    }
-  }
-  SYNCBN_INLINE void to_ordered(R* p, int64_t n) const {
-    if constexpr (vectors == 4)
-      for (int64_t j = 0; j < 4; ++j) store(p + j * w, v[j]);
-    else
-      to_channels(p, n);
-  }
-};
-
-// Calls body(group, c, n) over the channels [begin, end), where group is any Group of the size to
-// use and n < lanes only for a part of a vector.
-template <class T, class Body>
-SYNCBN_INLINE void for_groups(int64_t begin, int64_t end, Body body) {
-  constexpr int64_t w = lanes<Real<T>>;
-  int64_t c = begin;
-  for (; c + 4 * w <= end; c += 4 * w) body(Group<T, 4>{}, c, w);
-  for (; c + w <= end; c += w) body(Group<T, 1>{}, c, w);
-  if (c < end) body(Group<T, 1>{}, c, end - c);
-}
-
-// Per-channel numbers in the pairs' order.
-template <class T>
-class Ordered {
- public:
-  using R = Real<T>;
-  SYNCBN_INLINE Ordered(const R* numbers, int64_t channels) : numbers_(numbers) {
-    if constexpr (reordered) {
-      for_groups<T>(0, channels, [&](auto group, int64_t c, int64_t n) SYNCBN_LAMBDA {
-        decltype(group)::channels(numbers + c, n).to_ordered(own_ + c, n);
-      });
-      numbers_ = own_;
-    }
-  }
-  template <class G>
-  SYNCBN_INLINE G at(G, int64_t c, int64_t n) const {
-    return G::ordered(numbers_ + c, n);
-  }
-
- private:
-  static constexpr bool reordered = std::is_same_v<T, BFloat16>;
-  R own_[reordered ? widest_rows : 1];
-  const R* numbers_;
-};
 
 // Calls body(some, group, r, c, n) over the channels of some.value rows at a time, from row r on.
 template <class T, class Body>

@@ -18,7 +18,9 @@ namespace syncbn::SYNCBN_ISA {
 #include "elements.h"
 #include "moments.h"
 #include "reproducible.h"
+#include "streams.h"
 #include "contiguous.h"
+#include "groups.h"
 #include "channels_last.h"
 
 template <class T>
