@@ -17,11 +17,11 @@ namespace syncbn::SYNCBN_ISA {
 #include "vector.h"
 #include "elements.h"
 #include "moments.h"
-#include "reproducible.h"
 #include "streams.h"
 #include "contiguous.h"
 #include "groups.h"
 #include "channels_last.h"
+#include "reproducible.h"  // last: its rule for rounding may hold to the end
 
 template <class T>
 constexpr Loops planes = {measure_planes<T>, normalise_planes<T>, gradient_sums_planes<T>,

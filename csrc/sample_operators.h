@@ -13,18 +13,27 @@ namespace syncbn::operators {
 class Samples {
  public:
   Samples(const char* op, const Tensor& x, const Maybe& lengths)
-      : size_(lengths ? lengths->numel() : x.size(0)),
-        single_(!lengths && x.numel() == x.size(0) * x.size(1)) {
+      : size_(lengths ? lengths->numel() : x.size(0)), rows_(x.numel() == x.size(0) * x.size(1)) {
     if (lengths) check_lengths(op, x, *lengths);
     if (x.numel() == 0) size_ = 0;
   }
   int64_t size() const { return size_; }
-  bool single() const { return single_; }  // whether each is one value per channel
   int64_t begin(int64_t n) const { return begins_.empty() ? n : begins_[size_t(n)]; }
   int64_t count(int64_t n) const { return begin(n + 1) - begin(n); }
-  // On tensors whose strides suit a sample; how many others there are must not tell.
+  // Whether a sample, or each, is one value per channel.
+  bool single(int64_t n) const { return rows_ && count(n) == 1; }
+  bool single() const { return rows_ && begins_.empty(); }
+
+  // x and perhaps dy, to look at a sample at a time. Copied or not, and so with which loops: that
+  // must follow from a sample's own strides, however many others there are.
   Problem problem(Dtype dtype, const Tensor& x, const Tensor* dy) const {
-    return size_ == 0 ? Problem{} : make_problem(dtype, x, dy, nullptr, 1);
+    Problem p = problem_of(dtype, x, dy, nullptr);
+    const int64_t one = begins_.empty() ? 1 : x.size(0);
+    if (size_ > 0 && !p.look(0, one)) {
+      for (int t = 0; t < p.count; ++t) p.tensors[t] = contiguous_copy(p.tensors[t]);
+      STD_TORCH_CHECK(p.look(0, one), "syncbn: no loops for contiguous samples");
+    }
+    return p;
   }
 
  private:
@@ -35,15 +44,15 @@ class Samples {
     begins_.push_back(0);
     bool fit = true;
     for (int64_t n = 0; n < size_; ++n) {
-      fit = fit && counts[n] >= 0;
-      begins_.push_back(begins_.back() + counts[n]);
+      fit = fit && counts[n] >= 0 && counts[n] <= x.size(0) - begins_.back();
+      begins_.push_back(fit ? begins_.back() + counts[n] : 0);
     }
     STD_TORCH_CHECK(fit && begins_.back() == x.size(0), "syncbn::", op,
                     ": expected lengths that add up to ", x.size(0), ", the size of x");
   }
 
   int64_t size_;
-  bool single_;
+  bool rows_;  // whether an element of dimension 0 is one value per channel
   std::vector<int64_t> begins_;
 };
 
@@ -107,14 +116,14 @@ inline Tensor gradient_sums_samples(const Tensor& dy, const Tensor& x, const Ten
     Problem p = all;
     add_rows(loops, columns, begin, end, total, [&](int64_t n, double* sums) {
       if (samples.count(n) == 0) return void(std::fill(sums, sums + columns, 0.0));
-      if (!samples.single()) {
+      if (!samples.single(n)) {
         p.look(samples.begin(n), samples.count(n));
         syncbn::gradient_sums(parallel(), p.work, p.views[1], p.views[0], means, invstds, sums);
         return;
       }
       double* dots = sums + channels;
-      read_element(dy, dtype, n, sums);
-      read_element(x, dtype, n, dots);
+      read_element(dy, dtype, samples.begin(n), sums);
+      read_element(x, dtype, samples.begin(n), dots);
       for (int64_t c = 0; c < channels; ++c) dots[c] = sums[c] * ((dots[c] - means[c]) * invstds[c]);
     });
   });

@@ -160,6 +160,13 @@ struct Problem {
   }
 };
 
+inline Problem problem_of(Dtype dtype, const Tensor& x, const Tensor* dy, const Tensor* like_x) {
+  Problem p{dtype, 1, {x}, {}, {}};
+  if (dy) p.tensors[p.count++] = *dy;
+  if (like_x) p.tensors[p.count++] = *like_x;
+  return p;
+}
+
 // A copy of t with the strides of `like`, which fills its memory without gaps.
 inline Tensor copy_like(const Tensor& t, const Tensor& like) {
   Tensor copy = allocate(like.sizes().data(), like.strides().data(), like.dim(), torch_dtype(t));
@@ -167,15 +174,19 @@ inline Tensor copy_like(const Tensor& t, const Tensor& like) {
   return copy;
 }
 
-// The work on `size` elements of x, perhaps dy, and perhaps a result `like_x`, a new tensor like x.
-// Tensors whose strides fit no loop are copied; the copies follow the new tensor's strides, which
-// then fit as well.
-inline Problem make_problem(Dtype dtype, const Tensor& x, const Tensor* dy, const Tensor* like_x,
-                            int64_t size) {
-  Problem p{dtype, 0, {x}, {}, {}};
-  p.count = 1;
-  if (dy) p.tensors[p.count++] = *dy;
-  if (like_x) p.tensors[p.count++] = *like_x;
+inline Tensor contiguous_copy(const Tensor& t) {
+  int64_t strides[most_dims], size = 1;
+  for (int64_t d = t.dim() - 1; d >= 0; --d) strides[d] = size, size *= t.size(d);
+  Tensor copy = allocate(t.sizes().data(), strides, t.dim(), torch_dtype(t));
+  torch::stable::copy_(copy, t);
+  return copy;
+}
+
+// x, perhaps dy, and perhaps a result `like_x`, a new tensor like x. Tensors whose strides fit no
+// loop are copied; the copies follow the new tensor's strides, which then fit as well.
+inline Problem make_problem(Dtype dtype, const Tensor& x, const Tensor* dy, const Tensor* like_x) {
+  Problem p = problem_of(dtype, x, dy, like_x);
+  const int64_t size = x.size(0);
   if (!p.look(0, size)) {
     const Tensor model = like_x ? *like_x : new_like(x);
     if (dy) p.tensors[1] = copy_like(*dy, model);
@@ -183,9 +194,6 @@ inline Problem make_problem(Dtype dtype, const Tensor& x, const Tensor* dy, cons
     STD_TORCH_CHECK(p.look(0, size), "syncbn: no loops for strides like those of x");
   }
   return p;
-}
-inline Problem make_problem(Dtype dtype, const Tensor& x, const Tensor* dy, const Tensor* like_x) {
-  return make_problem(dtype, x, dy, like_x, x.size(0));
 }
 
 }  // namespace syncbn::operators

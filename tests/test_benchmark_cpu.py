@@ -52,7 +52,9 @@ def test_layers_prints_a_table():
 
 
 def test_ranks():
-    for row in rows_of("ranks", "--rounds", "2"):
+    rows = rows_of("ranks", "--rounds", "2")
+    assert [row["shape"] for row in rows] == [[2, 3, 4, 5], [4, 3]]
+    for row in rows:
         assert row["over_parts"] > 0
         assert row["naive_over_syncbn"] > 0
 

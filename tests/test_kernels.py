@@ -175,9 +175,21 @@ def test_the_composite_serves_every_device():
 @pytest.mark.parametrize("dtype", list(oracle.TOLERANCE), ids=str)
 @pytest.mark.parametrize("lengths", [None, (0, 3, 1, 2)])
 @pytest.mark.parametrize("offset", [3.0, 1e4])
-def test_samples_are_added_up_to_the_whole(implementation, dtype, lengths, offset):
+@pytest.mark.parametrize(
+    ("x_layout", "dy_layout"),
+    [
+        ("contiguous", "contiguous"),
+        ("channels_last", "transposed"),
+        ("contiguous", "batch_inside"),
+        ("batch_inside", "strided"),
+    ],
+)
+def test_samples_are_added_up_to_the_whole(
+    implementation, dtype, lengths, offset, x_layout, dy_layout
+):
     case = Case(split=(6,), channels=150, spatial=(3, 5), dtype=dtype, offset=offset)
     x, dy, *_ = case.batch()
+    x, dy = laid_out(x, x_layout), laid_out(dy, dy_layout)
     lengths = None if lengths is None else torch.tensor(lengths)
     k = implementation
     received = torch.stack([k.measure_samples(x, lengths), k.measure_samples(x[:0], None)])
@@ -195,6 +207,30 @@ def test_samples_are_added_up_to_the_whole(implementation, dtype, lengths, offse
     oracle.assert_close(sums[1], expected.dweight, **wide, factor=10 * room)
     assert torch.equal(sums, composite.total_samples(represented))
     assert torch.equal(moments, composite.merge_samples(received))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_samples_of_rows_in_any_place(implementation, dtype):
+    """Rows with gaps, columns apart, a gradient laid out otherwise; lengths that leave none out."""
+    x, dy = torch.randn(2, 12, 5, dtype=dtype)
+    wide = torch.empty(12, 10, 3, dtype=dtype)[:, ::2, 0].copy_(x)
+    lengths, k = torch.tensor([5, 0, 1, 6]), implementation
+    mean, invstd = torch.randn(5, dtype=torch.float64), torch.rand(5, dtype=torch.float64)
+    close = {"rtol": 1e-5, "atol": 1e-5}
+    for place in (x, wide):
+        moments = k.merge_samples(k.measure_samples(place, lengths)[None])
+        torch.testing.assert_close(moments[0], k.measure(x), **close)
+        for gradient in (dy, dy.t().contiguous().t(), dy[:1].expand(12, 5)):
+            sent = k.gradient_sums_samples(gradient, place, mean, invstd, lengths)
+            expected = k.gradient_sums(gradient.contiguous(), x, mean, invstd)
+            torch.testing.assert_close(k.total_samples(sent[None]), expected, **close)
+
+
+@pytest.mark.skipif(not native.available(), reason="needs the compiled operators")
+@pytest.mark.parametrize("lengths", [[2**62] * 4 + [4], [5, -1], [3], [4, 1]])
+def test_lengths_that_do_not_add_up(lengths):
+    with pytest.raises(RuntimeError, match="expected lengths that add up to 4"):
+        native.measure_samples(torch.randn(4, 3), torch.tensor(lengths))
 
 
 @pytest.mark.skipif(not native.available(), reason="needs the compiled operators")

@@ -172,6 +172,7 @@ def test_gradients_that_keep_their_graph_too(ranks):
         layer = syncbn.SyncBatchNorm2d(3, reproducible=reproducible)
         share = x[mine].clone().requires_grad_()
         (dx,) = torch.autograd.grad(layer(share), share, dy[mine], create_graph=True)
+        dx.mul_(2)  # as any other gradient
         dx.square().sum().backward()
         return dx.detach(), share.grad, layer.weight.grad
 

@@ -47,7 +47,7 @@ def with_value(tensor: Tensor, value: Tensor) -> Tensor:
 class _Value(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, tensor: Tensor, value: Tensor) -> Tensor:
-        return value.view_as(value)
+        return value.clone()  # a view could not be changed in place
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
