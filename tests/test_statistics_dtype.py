@@ -53,6 +53,9 @@ def test_reverted_layers_compute_as_torchs_do():
     reverted = syncbn.revert(layer)
     assert set(dtypes(reverted)) == {torch.float32}
     torch.testing.assert_close(reverted(x), expected)
+    mixed = torch.nn.BatchNorm2d(3).bfloat16()
+    mixed.running_var = torch.full((3,), 1.001)
+    assert syncbn.revert(syncbn.convert(mixed)).running_var[0] > 1, "as it was"
     assert syncbn.revert(wide(affine=False)).running_var.dtype == torch.float64, "nothing tells"
 
 

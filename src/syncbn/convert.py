@@ -131,10 +131,10 @@ def revert(module: ModuleT) -> ModuleT:
 
     ``revert(convert(m))`` is ``m`` as it was. Layers that were built as syncbn layers become the
     torch class they stand in for: BatchNorm1d/2d/3d, or torch.nn.SyncBatchNorm for
-    :class:`SyncBatchNorm` (whose Lazy form torch lacks: it must have seen its input). What convert
-    did not make (parametrized or sharded since, or with behaviour of its own) is left alone and
-    named in one warning. Running statistics of another dtype than the weight (``statistics_dtype``)
-    become of the weight's. For inference, export and tools that know torch's classes.
+    :class:`SyncBatchNorm` (whose Lazy form torch lacks: it must have seen its input); their running
+    statistics, if of another ``statistics_dtype``, become of the weight's dtype. What convert did
+    not make (parametrized or sharded since, or with behaviour of its own) is left alone and named
+    in one warning. For inference, export and tools that know torch's classes.
 
     Args:
         module: a model, or a single layer. Returned.
@@ -156,11 +156,12 @@ def revert(module: ModuleT) -> ModuleT:
         if origin is None or not ours or "forward" in vars(layer):
             left_alone.append(_described(name, layer))
             continue
+        if "_origin" not in vars(layer):
+            _narrow_statistics(layer)
         lazy = isinstance(layer, LazyModuleMixin)
         source = origin.source if lazy else _materialised(origin.source)
-        for attribute in ("_origin", "process_group", "reproducible", "_masked_as"):
+        for attribute in ("_origin", "process_group", "reproducible"):
             vars(layer).pop(attribute, None)
-        _narrow_statistics(layer)
         if issubclass(source, nn.SyncBatchNorm):
             layer.process_group = origin.process_group
         _become(layer, source)

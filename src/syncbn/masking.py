@@ -8,9 +8,7 @@ from typing import Any
 
 import torch.nn as nn
 from torch import Tensor
-from torch.compiler import is_compiling
 
-from .masks import check_mask
 from .modules import SyncBatchNorm
 
 
@@ -22,7 +20,8 @@ def masking(
 
     A layer that is given a mask by the model itself keeps that one; of contexts inside each other
     the innermost that has a mask for a layer gives it. Activation checkpointing computes a forward
-    again during backward: then backward belongs inside the context, too.
+    again during backward: then backward belongs inside the context, too, or that forward has no
+    mask.
 
     Args:
         model: holds syncbn layers (:func:`syncbn.convert`), at any depth.
@@ -34,7 +33,6 @@ def masking(
         TypeError: ``model`` is no Module, or ``mask`` neither tensor nor function.
         ValueError: ``model`` has no syncbn layer; in its forward, the mask doesn't fit a layer,
             which is named.
-        RuntimeError: in backward, a checkpointed layer runs again after the context.
 
     Example:
         >>> model = syncbn.convert(torch.nn.Sequential(torch.nn.BatchNorm1d(2)))
@@ -58,32 +56,16 @@ def masking(
         )
     with ExitStack() as stack:
         for name, layer in layers:
-            hook = layer.register_forward_pre_hook(
-                _supplier(name, mask), prepend=True, with_kwargs=True
-            )
-            stack.callback(hook.remove)
+            stack.enter_context(_giving(layer, (name, mask)))
         yield
 
 
-def _supplier(name: str, mask: Any) -> Callable[..., Any]:
-    def supply(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        given = args[1] if len(args) > 1 else kwargs.get("mask")
-        if given is not None or not (args or "input" in kwargs):
-            return None
-        input = args[0] if args else kwargs["input"]
-        own = mask if isinstance(mask, Tensor) else mask(name, input)
-        if own is None:
-            return None
-        try:
-            check_mask(own, input)
-        except (TypeError, ValueError) as error:
-            raise type(error)(
-                f"masking: layer {name!r}: {error}; where the length changes inside the model, "
-                "give a function of the layer's name and input, and where a DataParallel splits "
-                "the batch, make the mask an input of its module"
-            ) from None
-        if not is_compiling():
-            vars(layer)["_masked_as"] = name
-        return (*args[:1], *args[2:]), {**kwargs, "mask": own}
-
-    return supply
+@contextmanager
+def _giving(layer: SyncBatchNorm, giver: tuple[str, Any]) -> Iterator[None]:
+    layer._mask_givers = (*layer._mask_givers, giver)
+    try:
+        yield
+    finally:
+        layer._mask_givers = tuple(other for other in layer._mask_givers if other is not giver)
+        if not layer._mask_givers:
+            del layer._mask_givers

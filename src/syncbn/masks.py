@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -65,6 +67,27 @@ def check_mask(mask: Tensor, input: Tensor) -> None:
             f"sync_batch_norm: expected mask on the input's device {input.device}, got "
             f"{mask.device}; move one of them with .to()"
         )
+
+
+def given_mask(givers: tuple[tuple[str, Any], ...], input: Tensor) -> Tensor | None:
+    """The mask of the last giver, a layer's name and its mask or function, that has one.
+
+    Raises as :func:`check_mask`, with the layer's name.
+    """
+    for name, giver in reversed(givers):
+        mask: Tensor | None = giver if isinstance(giver, Tensor) else giver(name, input)
+        if mask is None:
+            continue
+        try:
+            check_mask(mask, input)
+        except (TypeError, ValueError) as error:
+            raise type(error)(
+                f"masking: layer {name!r}: {error}; where the length changes inside the model, "
+                "give a function of the layer's name and input, and where a DataParallel splits "
+                "the batch, make the mask an input of its module"
+            ) from None
+        return mask
+    return None
 
 
 def pack(input: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:

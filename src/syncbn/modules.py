@@ -11,13 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch.nn as nn
 from torch import Tensor
-from torch.compiler import is_compiling
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from .checks import check_input, check_options, check_shape, checked_dtype
 from .comm import LOCAL, Unplaced, default_group, resolve
 from .functional import batch_norm
-from .recomputation import recomputing
+from .masks import given_mask
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -63,7 +62,7 @@ class SyncBatchNorm(_BatchNorm):
     # On the class too: a converted or unpickled layer may have none of its own.
     process_group: Any = None
     reproducible: bool = False
-    _masked_as: str | None = None  # the name by which masking() gave the last forward a mask
+    _mask_givers: tuple[tuple[str, Any], ...] = ()  # masking()'s, from the outermost
     _shapes: str = "(N, C, *)"
     _dims: tuple[int, ...] = ()
 
@@ -102,8 +101,8 @@ class SyncBatchNorm(_BatchNorm):
 
     def forward(self, input: Tensor, mask: Tensor | None = None) -> Tensor:
         self._check_input_dim(input)
-        if mask is None and self._masked_as is not None and not is_compiling():
-            self._check_masking_lasts()
+        if mask is None and self._mask_givers:
+            mask = given_mask(self._mask_givers, input)
         mean, var, weight, bias = self._tensors()
         if weight is None and mean is None:  # no tensor that would tell
             check_input(input)
@@ -120,15 +119,6 @@ class SyncBatchNorm(_BatchNorm):
             *(self.momentum, self.eps, self.process_group if self.training else LOCAL),
             *(mask, self.reproducible),
         )
-
-    def _check_masking_lasts(self) -> None:
-        if recomputing():
-            raise RuntimeError(
-                f"masking: layer {self._masked_as!r} runs again in backward, as activation "
-                "checkpointing does, without the mask of its first forward, because the context "
-                "has ended; run backward inside the with block, too"
-            )
-        del self._masked_as
 
     def _tensors(self) -> tuple[Tensor | None, ...]:
         """(running_mean, running_var, weight, bias): by name each takes a microsecond to find."""
@@ -182,20 +172,24 @@ class SyncBatchNorm(_BatchNorm):
         replica.process_group = Unplaced()  # until syncbn.DataParallel places it
         return replica
 
+    def _state(self) -> dict[str, Any]:
+        """What copies take over: masks belong to a context around this layer."""
+        return {name: value for name, value in vars(self).items() if name != "_mask_givers"}
+
     def __copy__(self) -> Self:
         new = type(self).__new__(type(self))
-        new.__dict__.update(self.__dict__)
+        new.__dict__.update(self._state())
         return new
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         new = type(self).__new__(type(self))
         memo[id(self)] = new
         memo[id(self.process_group)] = self.process_group  # a group belongs to the process
-        new.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        new.__dict__.update(copy.deepcopy(self._state(), memo))
         return new
 
     def __getstate__(self) -> dict[str, Any]:
-        state = dict(self.__dict__)
+        state = self._state()
         if state.get("process_group") is not None:
             state["process_group"] = None
             warnings.warn(
