@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
+from compiling import CLOSE, step
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.checkpoint import checkpoint, checkpoint_sequential
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    checkpoint_sequential,
+    create_selective_checkpoint_contexts,
+)
 
 import syncbn
 
@@ -74,6 +82,29 @@ def test_a_whole_sequence_of_segments(ranks):
 
 def test_a_forward_after_backward_counts_again():
     layer = syncbn.SyncBatchNorm(3)
-    for step in (1, 2):
+    for batches in (1, 2):
         layer(torch.randn(4, 3)).sum().backward()
-        assert layer.num_batches_tracked == step
+        assert layer.num_batches_tracked == batches
+
+
+def save_products(context, operator, *args, **kwargs):
+    save = "addmm" in str(operator)
+    return CheckpointPolicy.MUST_SAVE if save else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_selective_checkpointing(ranks, world):
+    """The second forward runs the first one's operations, some of whose results are kept."""
+
+    def run(rank):
+        model, plain = (syncbn.convert(Network(None).blocks[0]) for _ in range(2))
+        contexts = functools.partial(create_selective_checkpoint_contexts, save_products)
+
+        def kept(x):
+            return checkpoint(model, x, use_reentrant=False, context_fn=contexts)
+
+        x = torch.randn(3 + rank, 4, dtype=torch.float64, requires_grad=True)
+        for _ in range(2):
+            torch.testing.assert_close(step(kept, model, x), step(plain, plain, x), **CLOSE)
+
+    _ = ranks(world, run) if world > 1 else run(0)

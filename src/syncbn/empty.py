@@ -89,10 +89,15 @@ class _Named:
         self.model, self.forward = model, forward
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return self.forward(*args, **kwargs)
         running = [("", self.model, (args, kwargs))]  # layers inside one another, innermost last
+        closed = {
+            part for layer in self.model.modules() if _closed(layer) for part in layer.modules()
+        }
         with ExitStack() as hooks:
             for name, layer in self.model.named_modules():
-                if layer is not self.model and not isinstance(layer, torch.jit.ScriptModule):
+                if layer is not self.model and layer not in closed:
                     _watch(name, layer, running, hooks)
             try:
                 return self.forward(*args, **kwargs)
@@ -106,6 +111,12 @@ class _Named:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return getattr, (self.model, "forward")
+
+
+def _closed(layer: nn.Module) -> bool:
+    """Whether hooks see nothing of what runs inside: it is compiled."""
+    compiled = getattr(layer, "_compiled_call_impl", None) is not None
+    return compiled or hasattr(layer, "_orig_mod") or isinstance(layer, torch.jit.ScriptModule)
 
 
 def _watch(name: str, layer: nn.Module, running: list[Any], hooks: ExitStack) -> None:

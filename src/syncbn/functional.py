@@ -65,9 +65,9 @@ def sync_batch_norm(
             (:func:`syncbn.mask_from_lengths` makes one of padded sequences); may be all False, and
             may be None on other ranks.
         reproducible: make outputs, gradients with respect to ``input`` and running statistics the
-            same to the bit for every split of a batch over ranks, on the CPU. Give it on every
-            rank alike. Costs little for images, up to three times as much for rows of features;
-            proof: :mod:`syncbn.reproducible`.
+            same to the bit for every split of a batch over ranks, on the CPU. Give it, and a mask
+            or none, on every rank alike. Costs little for images, some three times as much for
+            rows of features; proof: :mod:`syncbn.reproducible`.
 
     Returns:
         A tensor of ``input``'s shape, dtype and memory format.
@@ -111,7 +111,9 @@ def batch_norm(
 ) -> Tensor:
     """:func:`sync_batch_norm` for layers: counts batches, over which momentum None averages."""
     statistics = (running_mean, running_var, num_batches_tracked)
-    moved = moving(statistics) if training else statistics
+    moved = statistics
+    if training:
+        moved, momentum = moving(statistics, momentum)
     rest: tuple[Any, ...] = (*moved, weight, bias, training, momentum, eps, group, reproducible)
     if mask is None:
         y = _whole(input, None, *rest)
@@ -175,7 +177,7 @@ def _whole(
         if isinstance(comm, Replica):
             check_not_reproducible(reproducible)
             return together(input, *rest, comm)
-        if comm.size > 1 and not compiling:
+        if comm.size > 1:
             refuse_join()
         kernels = serving(input)
         if reproducible:

@@ -8,17 +8,22 @@ from torch import Tensor
 Statistics = tuple[Tensor | None, Tensor | None, Tensor | None]
 
 
-def moving(statistics: Statistics) -> Statistics:
-    """What a forward in training is to move in place of ``statistics``; then call :func:`settle`.
+def moving(statistics: Statistics, momentum: float | None) -> tuple[Statistics, float | None]:
+    """What a forward in training is to move, and by how much; then call :func:`settle`.
 
-    A compiled graph that was traced in the first forward runs in the second, too. So it moves
+    A second forward runs the same operations, as checkpointing demands, but moves by nothing. A
+    compiled graph that was traced in the first forward runs in the second, too. So it moves
     copies, and asks whenever it runs whether to keep them.
     """
-    compiling = torch.compiler.is_compiling()
-    if torch.compiler.is_exporting() if compiling else not recomputing():
-        return statistics
-    mean, var, batches = (None if t is None else t.detach().clone() for t in statistics)
-    return mean, var, batches
+    if torch.compiler.is_compiling():
+        if torch.compiler.is_exporting():
+            return statistics, momentum
+        mean, var, batches = (None if t is None else t.detach().clone() for t in statistics)
+        return (mean, var, batches), momentum
+    if recomputing():
+        mean, var, _ = statistics
+        return (mean, var, None), 0.0
+    return statistics, momentum
 
 
 def settle(statistics: Statistics, moved: Statistics) -> None:
