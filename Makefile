@@ -19,15 +19,18 @@ $(READY): pyproject.toml constraints.txt setup.py $(wildcard csrc/*)
 demo: $(READY)
 	$(BIN)/syncbn demo
 
+# Two at a time, files whole: the tests of a file share the processes that are their ranks.
+PYTEST := -m pytest -n 2 --dist loadfile
+
 test: $(READY)
-	$(BIN)/python -m pytest
+	$(BIN)/python $(PYTEST)
 
 test-all: $(READY)
-	$(BIN)/python -m pytest -m '' --hypothesis-profile=thorough
+	$(BIN)/python $(PYTEST) -m '' --hypothesis-profile=thorough
 
 # As where no compiled operators are: one process must then equal torch to the bit.
 test-composite: $(READY)
-	SYNCBN_KERNELS=composite $(BIN)/python -m pytest tests/test_modules.py tests/test_lazy.py \
+	SYNCBN_KERNELS=composite $(BIN)/python $(PYTEST) tests/test_modules.py tests/test_lazy.py \
 	  tests/test_state.py tests/test_convert.py tests/test_revert.py tests/test_exact.py \
 	  tests/test_checkpointing.py tests/test_masks.py tests/test_double_backward.py
 
@@ -57,7 +60,7 @@ test-wheel: $(READY)
 	$(PYTHON) -m venv $(WHEEL)/env
 	$(WHEEL)/env/bin/python -m pip install -q -c constraints.txt torch
 	$(WHEEL)/env/bin/python -m pip install -q -c constraints.txt "$$(ls $(WHEEL)/*.whl)[test]"
-	SYNCBN_KERNELS=native $(WHEEL)/env/bin/python -m pytest tests/test_house.py \
+	SYNCBN_KERNELS=native $(WHEEL)/env/bin/python $(PYTEST) tests/test_house.py \
 	  tests/test_native.py tests/test_kernels.py tests/test_exact.py tests/test_modules.py
 
 lint: $(READY)

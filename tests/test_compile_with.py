@@ -39,7 +39,9 @@ def test_masking_around_a_graph(first_within):
     torch.testing.assert_close(model.state_dict(), plain.state_dict())
 
 
-@pytest.mark.parametrize("watched", ["model", "graph", "ddp"])
+@pytest.mark.parametrize(
+    "watched", ["model", *(pytest.param(name, marks=pytest.mark.slow) for name in ("graph", "ddp"))]
+)
 def test_until_all_done(ranks, watched):
     """``model=`` may be the model, its compiled form or what is around it."""
     data = torch.randn(4, 3, 5, dtype=torch.float64)

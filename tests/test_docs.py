@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from mpijob import missing
+from scripts import run_script
 
 import syncbn
 
@@ -30,9 +31,6 @@ def blocks(language: str) -> list:
     ]
 
 
-RANKS = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-
-
 @pytest.mark.parametrize("text", blocks("python"))
 def test_python_blocks_run(text, tmp_path):
     """Each alone, or on two ranks where it joins them."""
@@ -40,16 +38,7 @@ def test_python_blocks_run(text, tmp_path):
         pytest.skip(missing())
     script = tmp_path / "block.py"
     script.write_text(text)
-    launcher = RANKS if "init_process_group(" in text else ["-W", "error::UserWarning"]
-    result = subprocess.run(
-        [sys.executable, *launcher, str(script)],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        cwd=tmp_path,
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr
+    run_script(script, ranks=2 if "init_process_group(" in text else 1)
 
 
 @pytest.mark.parametrize("text", blocks("sh"))
@@ -92,8 +81,9 @@ def test_docstring_examples(name):
 
 
 def test_the_example_script_runs_under_torchrun():
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     result = subprocess.run(
-        [sys.executable, *RANKS, str(ROOT / "examples/train.py")],
+        [*torchrun, "--nproc-per-node=2", str(ROOT / "examples/train.py")],
         capture_output=True,
         text=True,
         timeout=180,

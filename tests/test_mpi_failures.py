@@ -81,16 +81,18 @@ def test_a_peer_that_is_gone_ends_the_job(mpi_ranks, leave):
 
 EARLY = """
 import time, torch, syncbn
-comm = syncbn.comm.MPI(timeout=1)
+comm = syncbn.comm.MPI(timeout=3)
 comm.all_gather(torch.ones(3))
 if comm.rank == 0:
-    start = time.monotonic()
+    waited = []
     for _ in range(2):
+        start = time.monotonic()
         try:
             comm.{call}(torch.ones(3))
         except RuntimeError as error:
             print(error, flush=True)
-    assert time.monotonic() - start < 1.9, "the second call waits as well"
+        waited.append(time.monotonic() - start)
+    assert waited[1] < waited[0] / 2, "the second call waits as well"
     raise SystemExit("done")
 """
 
@@ -99,7 +101,7 @@ if comm.rank == 0:
 @pytest.mark.parametrize("call", ["all_gather", "all_reduce"])
 def test_a_peer_that_ends_early_ends_the_call(call):
     ended = execute(2, "-m", "mpi4py", "-c", EARLY.format(call=call), timeout=60)
-    assert ended.stdout.count(f"MPI: {call}: rank 0 of 2 waited 1 s for other ranks; every") == 2
+    assert ended.stdout.count(f"MPI: {call}: rank 0 of 2 waited 3 s for other ranks; every") == 2
     assert "syncbn.until_all_done(loader, comm)" in ended.stdout
     assert ended.code != 0
     assert "done" in ended.stderr

@@ -136,6 +136,7 @@ def test_one_process_still_differentiates_twice():
 
 
 @needs_native
+@pytest.mark.slow
 def test_indices_go_past_two_to_the_31():
     with open("/proc/meminfo") as lines:
         available = next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))

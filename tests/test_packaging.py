@@ -45,6 +45,7 @@ def build(copy: Path, *options: str, **environment: str) -> tuple[list[str], str
     return zipfile.ZipFile(wheel).namelist(), wheel.name, result.stdout
 
 
+@pytest.mark.slow  # make test-wheel builds and uses one, too
 @pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler")
 def test_one_wheel_for_every_python(copy):
     names, tag, _ = build(copy)
