@@ -9,11 +9,14 @@ WHEEL := build/wheel
 
 setup: $(READY)
 
+# What is imported is compiled then: most of torch never is.
+INSTALL := -m pip install -q --no-compile -c constraints.txt
+
 # torch comes first and from constraints.txt, so that nothing else asks for another build of it.
 $(READY): pyproject.toml constraints.txt setup.py $(wildcard csrc/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install -q -c constraints.txt torch setuptools wheel
-	$(BIN)/python -m pip install -q -c constraints.txt --no-build-isolation -e '.[dev]'
+	$(BIN)/python $(INSTALL) torch setuptools wheel
+	$(BIN)/python $(INSTALL) --no-build-isolation -e '.[dev]'
 	touch $@
 
 demo: $(READY)
@@ -60,8 +63,8 @@ test-wheel: $(READY)
 	$(BIN)/python -m pip wheel -q --no-build-isolation --no-deps -w $(WHEEL) .
 	ls $(WHEEL)/syncbn-*-py3-none-*.whl
 	$(PYTHON) -m venv $(WHEEL)/env
-	$(WHEEL)/env/bin/python -m pip install -q -c constraints.txt torch
-	$(WHEEL)/env/bin/python -m pip install -q -c constraints.txt "$$(ls $(WHEEL)/*.whl)[test]"
+	$(WHEEL)/env/bin/python $(INSTALL) torch
+	$(WHEEL)/env/bin/python $(INSTALL) "$$(ls $(WHEEL)/*.whl)[test]"
 	SYNCBN_KERNELS=native $(WHEEL)/env/bin/python $(PYTEST) tests/test_house.py \
 	  tests/test_native.py tests/test_kernels.py tests/test_exact.py tests/test_modules.py
 

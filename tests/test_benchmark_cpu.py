@@ -67,6 +67,7 @@ def test_accuracy():
         assert row["syncbn_std"] == pytest.approx(1, abs=1e-3)
 
 
+@pytest.mark.slow
 def test_model():
     pytest.importorskip("transformers")
     (row,) = rows_of("model", "--rounds", "2")

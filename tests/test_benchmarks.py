@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
 from benchmarks import layer
@@ -30,6 +31,7 @@ def test_layer_prints_json():
     assert all(row["over_torch"] == 1 for row in rows if row["layer"] == "torch")
 
 
+@pytest.mark.slow
 def test_layer_prints_a_table():
     result = run(*TOY[:4], "--ranks", "1")
     assert result.returncode == 0, result.stderr
