@@ -9,8 +9,7 @@ WHEEL := build/wheel
 
 setup: $(READY)
 
-# What is imported is compiled then: most of torch never is.
-INSTALL := -m pip install -q --no-compile -c constraints.txt
+INSTALL := -m pip install -q -c constraints.txt
 
 # torch comes first and from constraints.txt, so that nothing else asks for another build of it.
 $(READY): pyproject.toml constraints.txt setup.py $(wildcard csrc/*)

@@ -44,6 +44,7 @@ def test_layers(tmp_path):
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_layers_prints_a_table():
     result = run("layers", "--quick", "--rounds", "2", "--threads", "1")
     assert result.returncode == 0, result.stderr

@@ -21,6 +21,7 @@ def run(*options: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
 
 
+@pytest.mark.slow
 def test_layer_prints_json():
     result = run(*TOY, "--json")
     assert result.returncode == 0, result.stderr
@@ -39,6 +40,7 @@ def test_layer_prints_a_table():
     assert "2×3×4×5" in result.stdout
 
 
+@pytest.mark.slow
 def test_collectives_prints_json():
     command = [sys.executable, str(ROOT / "benchmarks/collectives.py"), "--json"]
     options = ["--ranks", "2", "--numel", "5", "--rounds", "2"]

@@ -241,6 +241,7 @@ def test_sigterm_leaves_nothing(running: Running) -> None:
     running.assert_nothing_left()
 
 
+@pytest.mark.slow
 @needs_proc
 def test_a_killed_rank_ends_the_run(running: Running) -> None:
     running.wait_until_training()
