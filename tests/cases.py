@@ -22,6 +22,7 @@ class Case:
     dtype: torch.dtype = torch.float32
     param_dtype: torch.dtype = torch.float32
     layout: str = "contiguous"
+    gradient_layout: str = "contiguous"
     offset: float = 0.0
     spread: float = 1.0
     weight: bool = True
@@ -62,6 +63,8 @@ def laid_out(x: Tensor, layout: str) -> Tensor:
         return x.permute(dims).contiguous().permute(dims)
     if layout == "batch_inside":  # dense, of four dimensions: (H, W, N, C)
         return x.permute(2, 3, 0, 1).contiguous().permute(2, 3, 0, 1)
+    if layout == "batch_further_inside":  # (C, H, N, W)
+        return x.permute(1, 2, 0, 3).contiguous().permute(2, 0, 1, 3)
     return x.contiguous()
 
 
@@ -93,7 +96,7 @@ def step(rank: int, case: Case, process_group: Any = None) -> dict[str, Tensor]:
         layer.register_parameter(name, parameter)
     mine = laid_out(x[share], case.layout).detach().requires_grad_()
     y = layer(mine)
-    y.backward(dy[share])
+    y.backward(laid_out(dy[share], case.gradient_layout))
     assert strides(y) == strides(mine.grad) == strides(torch.empty_like(mine))
     assert y.dtype == mine.grad.dtype == case.dtype
     result = {"y": y.detach().contiguous(), "dx": mine.grad.contiguous()}

@@ -237,6 +237,7 @@ class Modes(nn.Module):
                 torch.is_inference_mode_enabled(),
                 torch.is_autocast_enabled("cpu"),
                 torch.get_autocast_dtype("cpu"),
+                torch.is_autocast_cache_enabled(),
                 self.training,
             )
         )
@@ -263,6 +264,7 @@ def test_replicas_make_tensors_where_the_caller_does():
         torch.inference_mode,
         lambda: torch.autocast("cpu", torch.bfloat16),
         lambda: torch.autocast("cpu", torch.float16, enabled=False),
+        lambda: torch.autocast("cpu", torch.bfloat16, cache_enabled=False),
     ],
 )
 def test_replicas_run_in_the_callers_modes(mode, training):

@@ -6,6 +6,7 @@ import doctest
 import importlib
 import pkgutil
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -36,19 +37,54 @@ def test_python_blocks_run(text, tmp_path):
     """Each alone, or on two ranks where it joins them."""
     if "comm.MPI(" in text and missing():
         pytest.skip(missing())
+    if "torch.onnx." in text:
+        pytest.importorskip("onnxscript", reason="needs the extra [export-test]")
     script = tmp_path / "block.py"
     script.write_text(text)
     run_script(script, ranks=2 if "init_process_group(" in text else 1)
 
 
+MAKEFILE = (ROOT / "Makefile").read_text()
+EXTRAS = re.findall(r"^(\S+) = \[", (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
+
+
+def unknown_in(line: str) -> str | None:
+    """What this line of a shell block names that isn't here; the line itself if it runs nothing."""
+    command, *words = shlex.split(line.replace("python -m syncbn", "syncbn"), comments=True) or [""]
+    scripts = [word for word in words if word.endswith(".py")]
+    if command == "make":
+        missing = [word for word in words if not re.search(rf"^{word}:", MAKEFILE, re.MULTILINE)]
+    elif command == "pip":
+        packages = [word for word in words[1:] if not word.startswith("-")]
+        extras = [extra for word in packages for extra in re.findall(r"\[(\w+)\]", word)]
+        missing = [extra for extra in extras if extra not in EXTRAS]
+        missing += [line] if words[:1] != ["install"] or not packages else []
+    elif command == "syncbn":
+        missing = [word for word in words[:1] if word not in ("demo", "info")] or words[1:]
+    elif command in ("torchrun", "mpiexec", "python"):
+        missing = [script for script in scripts if not (ROOT / script).exists()]
+        missing += [] if scripts else [line]
+    else:
+        missing = [line] if command else []
+    return missing[0] if missing else None
+
+
 @pytest.mark.parametrize("text", blocks("sh"))
-def test_make_targets_and_scripts_exist(text):
-    targets = re.findall(r"^make ([\w-]+)", text, re.MULTILINE)
-    makefile = (ROOT / "Makefile").read_text()
-    assert all(re.search(rf"^{target}:", makefile, re.MULTILINE) for target in targets)
-    scripts = re.findall(r"\b((?:examples|benchmarks)/\w+\.py)", text)
-    assert all((ROOT / script).exists() for script in scripts)
-    assert targets or scripts or "pip install" in text or "syncbn" in text
+def test_commands_of_shell_blocks_exist(text):
+    assert text.strip()
+    for line in text.splitlines():
+        assert unknown_in(line) is None, line
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        *("make nonsense", "pip install", "pip install 'syncbn[nonsense]'", "syncbn nonsense"),
+        *("torchrun --standalone examples/nonsense.py", "python", "a sentence about syncbn"),
+    ],
+)
+def test_a_command_that_does_not_exist_is_noticed(line):
+    assert unknown_in(line) is not None
 
 
 def test_links_between_pages_lead_somewhere():

@@ -115,6 +115,18 @@ def test_a_batch_inside_other_dimensions(ranks, channels):
     same_bits(ranks, case)
 
 
+@pytest.mark.parametrize(
+    ("layout", "gradient_layout"),
+    [("contiguous", "batch_further_inside"), ("channels_last", "batch_inside")],
+)
+def test_a_gradient_whose_batch_lies_inside_other_dimensions(ranks, layout, gradient_layout):
+    case = Case(
+        split=(6,), channels=11, spatial=(7, 9), offset=3.0, reproducible=True,
+        layout=layout, gradient_layout=gradient_layout,
+    )  # fmt: skip
+    same_bits(ranks, case)
+
+
 def same_bits(ranks, case):
     alone = everything([step(0, case)])
     for split in ((1, 5), (2, 0, 4), (1, 2, 1, 2)):

@@ -48,17 +48,21 @@ def test_one_rank_is_alone():
 def test_sums_are_taken_in_the_order_of_ranks():
     """float32 addition isn't associative: the order of arrival would show."""
 
+    def term(rank):
+        generator = torch.Generator().manual_seed(rank)
+        return torch.randn(500, generator=generator) * 10.0 ** (rank - 2)
+
     def total(comm):
-        generator = torch.Generator().manual_seed(comm.rank)
-        mine = torch.randn(500, generator=generator) * 10.0 ** (comm.rank - 2)
+        mine = term(comm.rank)
         sums = []
         for _ in range(10):
             time.sleep(random.uniform(0, 0.005))  # ranks arrive in any order
             sums.append(comm.all_reduce(mine))
         return sums
 
-    first, *others = [sum for sums in in_threads(5, total) for sum in sums]
-    assert all(torch.equal(first, other) for other in others)
+    expected = torch.stack([term(rank) for rank in range(5)]).sum(0)
+    for sums in in_threads(5, total):
+        assert all(torch.equal(found, expected) for found in sums)
 
 
 def test_groups_interleave():
