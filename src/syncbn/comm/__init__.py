@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from .base import Communicator, Local
+from .groups import subgroups
 from .mpi import MPI
-from .process_group import ProcessGroup, default_group, from_torch, refuse_join, subgroups
+from .process_group import ProcessGroup, default_group, from_torch, refuse_join
 from .replicas import Crew, Replica, Unplaced, current_replica, refused_group
 from .threads import Threads, threads
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -12,7 +11,8 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.parallel import DistributedDataParallel
 
-from .base import Communicator, Local
+from .base import Communicator
+from .groups import is_alive, private
 
 _AVAILABLE = dist.is_available()
 _REMEDY = (
@@ -22,7 +22,10 @@ _REMEDY = (
 
 
 class ProcessGroup(Communicator):
-    """A torch.distributed process group (gloo, nccl, ucc, mpi, …).
+    """The ranks of a torch.distributed process group (gloo, nccl, ucc, mpi, …).
+
+    Messages travel on a clone of the group, which its ranks make at their first collective: see
+    groups.py.
 
     A small message's time on the CPU is its rounds: gloo's all_gather passes it on from rank to
     rank, its all_reduce does so twice. Up to ``few`` ranks each sends to each at once, one round
@@ -75,19 +78,32 @@ class ProcessGroup(Communicator):
         return total
 
     def _run(self, operation: str, collective: Callable[..., Any], *tensors: Any) -> None:
-        """``collective(*tensors)`` in this group. The backends' errors name neither."""
+        """``collective(*tensors)`` in this group's private clone."""
         if torch.compiler.is_compiling():
             collective(*tensors, group=self.group)
             return
+        sent = False
         try:
-            collective(*tensors, group=self.group)
+            group = private(self.group)
+            if tensors[-1].device.type == "cpu":  # asynchronous, to tell sending from waiting
+                work = collective(*tensors, group=group, async_op=True)
+                sent = True
+                work.wait()
+            else:
+                collective(*tensors, group=group)
         except RuntimeError as error:
-            raise type(error)(
-                f"ProcessGroup: {operation} failed on rank {self.rank} of {self.size} "
-                f"({dist.get_backend(self.group)}): {error}; another rank has ended, is late by "
-                "the group's timeout, or makes other calls: see its error, and where loaders "
-                "differ in length iterate over syncbn.until_all_done(loader)"
-            ) from error
+            raise type(error)(self._failure(operation, error, sent)) from error
+
+    def _failure(self, operation: str, error: RuntimeError, sent: bool) -> str:
+        """The backends' errors name neither operation nor ranks."""
+        where = f"rank {self.rank} of {self.size} ({dist.get_backend(self.group)}): {error}"
+        if not sent and not isinstance(error, dist.DistError):
+            return f"ProcessGroup: {operation} could not be sent on {where}"
+        return (
+            f"ProcessGroup: {operation} failed on {where}; another rank has ended, is late by "
+            "the group's timeout, or makes other calls: see its error, and where loaders "
+            "differ in length iterate over syncbn.until_all_done(loader)"
+        )
 
     def _direct(self, tensor: Tensor) -> bool:
         return tensor.device.type == "cpu" and self.size <= self.few
@@ -100,47 +116,6 @@ class _Traced(ProcessGroup):
 
     def __init__(self, name: Any, rank: int, size: int) -> None:
         self.group, self.rank, self.size = name, rank, size
-
-
-def subgroups(size: int) -> Any:
-    """What ``process_group`` stands for groups of ``size`` consecutive ranks, on this rank.
-
-    Those are ranks [0 … size−1], [size … 2size−1] and so on; for all ranks None, for one a
-    :class:`Local`. The first call with a size makes the groups, on every rank alike, as
-    torch.distributed demands; later ones reuse them, as long as the default group lives.
-
-    Raises:
-        TypeError: ``size`` is no integer.
-        ValueError: torch.distributed is not initialised, or ``size`` does not divide the world.
-    """
-    if isinstance(size, bool) or not isinstance(size, int):
-        raise TypeError(f"group_size: expected a number of ranks, got {type(size).__name__}")
-    world = default_group()
-    if world is None:
-        raise ValueError(
-            f"group_size: got {size}, but torch.distributed is not initialised; call "
-            "torch.distributed.init_process_group first"
-        )
-    if size < 1 or world.size % size:
-        divisors = ", ".join(str(k) for k in range(1, world.size + 1) if world.size % k == 0)
-        raise ValueError(
-            f"group_size: expected a divisor of the world size {world.size}, got {size} on rank "
-            f"{world.rank}; pass one of {divisors}, or process_group= for groups of other ranks"
-        )
-    if size in (1, world.size):
-        return None if size == world.size else Local()
-    made = _MADE.setdefault(world.group, {})
-    group = made[size]() if size in made else None
-    if group is None:
-        group, _ = dist.new_subgroups(size)  # type: ignore[no-untyped-call]
-        made[size] = weakref.ref(group)
-    return group
-
-
-# Weak, so that nothing outlives destroy_process_group for this table's sake.
-_MADE: weakref.WeakKeyDictionary[dist.ProcessGroup, dict[int, weakref.ref[dist.ProcessGroup]]] = (
-    weakref.WeakKeyDictionary()
-)
 
 
 def default_group() -> ProcessGroup | None:
@@ -157,9 +132,9 @@ def from_torch(group: Any) -> ProcessGroup:
 
 
 def _facts(group: Any) -> tuple[str, int, int]:
-    """Name, rank and size of a group."""
+    """Rank and size of a group, and its clone's name."""
     comm = _from_torch(getattr(group, "real_obj", group))  # which torch.compile has wrapped
-    return comm.group.group_name, comm.rank, comm.size
+    return private(comm.group).group_name, comm.rank, comm.size
 
 
 # torch.compile calls it while it traces and traces anew for another group: of one that is used by
@@ -201,6 +176,12 @@ def _from_torch(group: Any) -> ProcessGroup:
         if group.get_coordinate() is None:
             raise ValueError(_not_a_member("the DeviceMesh given"))
         group = group.get_group()
+    if not is_alive(group):
+        raise ValueError(
+            f"process_group: got a torch.distributed group of {group.size()} ranks that was "
+            "destroyed; make it anew after torch.distributed.init_process_group, and set it as "
+            "layer.process_group"
+        )
     return ProcessGroup(group)
 
 

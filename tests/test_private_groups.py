@@ -1,0 +1,318 @@
+"""Layers talk on a clone of the group they are given: others' messages on it never meet theirs."""
+
+from __future__ import annotations
+
+import datetime
+import gc
+import subprocess
+import sys
+import weakref
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+import syncbn
+from syncbn.comm.groups import private
+
+
+class Headed(nn.Module):
+    """A layer, and a head that only rank 0 uses."""
+
+    def __init__(self, norm: nn.Module) -> None:
+        super().__init__()
+        self.norm = norm
+        self.head = nn.Linear(8, 4, bias=False, dtype=torch.float64)
+        with torch.no_grad():
+            self.head.weight.copy_(torch.linspace(-1, 2, 32).view(4, 8))
+
+    def loss(self, y: torch.Tensor, rank: int) -> torch.Tensor:
+        return self.head(y).square().mean() if rank == 0 else y.pow(3).mean()
+
+    def forward(self, x: torch.Tensor, rank: int) -> torch.Tensor:
+        return self.loss(self.norm(x), rank)
+
+
+def values(ranks: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(2 * ranks, 8, generator=generator, dtype=torch.float64) * 3 + 1
+
+
+def whole(ranks: int) -> dict[str, torch.Tensor]:
+    """Gradients of one process with the whole batch: the mean of all ranks' losses."""
+    model = Headed(nn.BatchNorm1d(8, dtype=torch.float64))
+    y = model.norm(values(ranks))
+    sum(model.loss(y[2 * r : 2 * r + 2], r) for r in range(ranks)).div(ranks).backward()
+    return {name: parameter.grad for name, parameter in model.named_parameters()}
+
+
+def headed(**options: object) -> Headed:
+    return Headed(syncbn.SyncBatchNorm1d(8, dtype=torch.float64, **options))
+
+
+def gradients(model: nn.Module) -> dict[str, torch.Tensor]:
+    found = {name: parameter.grad for name, parameter in model.named_parameters()}
+    return {
+        name: grad.full_tensor() if hasattr(grad, "full_tensor") else grad
+        for name, grad in found.items()
+    }
+
+
+def assert_all_whole(results: list[dict[str, torch.Tensor]]) -> None:
+    for result in results:
+        torch.testing.assert_close(result, whole(len(results)), rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("size", [2, 4, 9])
+def test_heads_that_one_rank_uses_under_ddp(ranks, size):
+    """On a shared group the head's bucket and the layer's backward come in another order there."""
+
+    def run(rank):
+        model = DistributedDataParallel(headed(), bucket_cap_mb=1e-5, find_unused_parameters=True)
+        for _ in range(3):
+            model.zero_grad()
+            model(values(size)[2 * rank : 2 * rank + 2], rank).backward()
+        return gradients(model.module)
+
+    assert_all_whole(ranks(size, run, timeout=120))
+
+
+def test_other_losses_on_each_rank_under_fsdp2(ranks):
+    """The user's messages too. FSDP2 wants every parameter used on every rank, and has a group."""
+
+    def run(rank):
+        model, mesh = headed(), DeviceMesh.from_group(dist.new_group([0, 1]), "cpu")
+        fully_shard(model.norm, mesh=mesh)
+        fully_shard(model.head, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+        for _ in range(3):
+            model.zero_grad()
+            mine = torch.full((20,), float(rank))
+            early = dist.all_reduce(mine, async_op=True) if rank else None
+            y = model.norm(values(2)[2 * rank : 2 * rank + 2])
+            (early or dist.all_reduce(mine, async_op=True)).wait()
+            unused = 0 * model.head(y).sum() if rank else 0
+            (model.loss(y, rank) + unused).backward()
+            assert (mine == 1).all()
+        return gradients(model)
+
+    assert_all_whole(ranks(2, run))
+
+
+@pytest.mark.parametrize("size", [2, 4, 9])
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_the_users_own_calls_between_the_layers(ranks, size, compiled):
+    """Some ranks call before the layer's forward, others between it and its backward."""
+    if compiled and size > 2:
+        pytest.skip("compiling takes long, and does not depend on the number of ranks")
+
+    def run(rank):
+        model = headed()
+        if compiled:
+            model.norm.compile(fullgraph=True, backend="aot_eager")
+        for _ in range(3):
+            model.zero_grad()
+            mine = torch.full((20,), float(rank))
+            early = dist.all_reduce(mine, async_op=True) if rank % 2 else None
+            loss = model(values(size)[2 * rank : 2 * rank + 2], rank)
+            (early or dist.all_reduce(mine, async_op=True)).wait()
+            assert (mine == sum(range(size))).all()
+            loss.backward()
+            for parameter in model.parameters():
+                if parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
+                dist.all_reduce(parameter.grad)
+                parameter.grad /= size
+        return gradients(model)
+
+    assert_all_whole(ranks(size, run, timeout=120))
+
+
+def test_until_all_done_has_calls_of_its_own(ranks):
+    def run(rank):
+        mine = torch.ones(3)
+        early = dist.all_reduce(mine, async_op=True) if rank else None
+        steps = syncbn.until_all_done([torch.ones(2, 3)] * (1 + rank))
+        counts = [(len(batch), steps.samples) for batch in steps]
+        (early or dist.all_reduce(mine, async_op=True)).wait()
+        assert (mine == 2).all()
+        return counts
+
+    assert ranks(2, run) == [[(2, 4), (0, 2)], [(2, 4), (2, 2)]]
+
+
+def test_a_group_of_some_ranks_is_cloned_by_them_alone(ranks):
+    """And what torch derives from the number of groups stays the same on all ranks."""
+
+    def run(rank):
+        pairs = [dist.new_group([0, 1]), dist.new_group([2, 3])]
+        layer = syncbn.SyncBatchNorm1d(2, momentum=1.0, process_group=pairs[rank // 2])
+        if rank < 2:
+            layer(torch.full((1, 2), float(rank)))
+        if rank in (1, 2):  # a name of which would count rank 1's clone
+            late = dist.new_group([1, 2], use_local_synchronization=True)
+            mine = torch.ones(1)
+            dist.all_reduce(mine, group=late)
+            assert mine == 2
+        return layer.running_mean.tolist()
+
+    assert ranks(4, run) == [[0.5, 0.5]] * 2 + [[0.0, 0.0]] * 2
+
+
+def test_one_clone_for_each_group_as_it_was_made(ranks):
+    def run(rank):
+        seconds = datetime.timedelta(seconds=41)
+        group, mesh = dist.new_group([0, 1], timeout=seconds), init_device_mesh("cpu", (2,))
+        for given in (None, group, mesh):
+            layer = syncbn.SyncBatchNorm1d(2, process_group=given)
+            repr(layer), layer.eval()(torch.randn(2, 2))  # no reason to make one
+        given = [dist.group.WORLD, group, mesh.get_group()]
+        names = dist.distributed_c10d._world.pg_map
+        clones = []
+        for parent in given:
+            before = set(names)
+            for _ in range(2):
+                syncbn.SyncBatchNorm1d(2, process_group=parent)(torch.randn(2, 2))
+            clone = private(parent)
+            assert clone is private(parent)
+            assert clone is not parent
+            assert set(names) - before <= {clone}
+            assert dist.get_process_group_ranks(clone) == dist.get_process_group_ranks(parent)
+            assert dist.get_backend_config(clone) == dist.get_backend_config(parent)
+            clones.append(clone)
+        cpu = torch.device("cpu")
+        assert clones[1]._get_backend(cpu).options._timeout == seconds
+        assert clones[0]._get_backend(cpu).options._timeout != seconds
+        assert len(set(clones)) == len(set(given))
+
+    ranks(2, run)
+
+
+def test_sub_groups_of_group_size_are_ours_already(ranks):
+    def run(rank):
+        model = syncbn.convert(nn.BatchNorm1d(2), group_size=2)
+        before = len(dist.distributed_c10d._world.pg_map)
+        model(torch.randn(2, 2))
+        assert private(model.process_group) is model.process_group
+        return len(dist.distributed_c10d._world.pg_map) - before
+
+    assert ranks(4, run) == [0] * 4
+
+
+def test_a_clone_is_freed_with_its_group(ranks):
+    def run(rank):
+        known = dist.distributed_c10d._world
+        tables = (known.pg_map, known.pg_group_ranks, known.pg_backend_config, known.pg_to_tag)
+        sizes = [len(table) for table in tables]
+
+        def clones_tags():
+            return [tag for tag in known.tags_to_pg if "syncbn" in tag]
+
+        tags = clones_tags()
+        for _ in range(2):
+            group = dist.new_group([0, 1])
+            syncbn.SyncBatchNorm1d(2, process_group=group)(torch.randn(2, 2))
+            clone = weakref.ref(private(group))
+            assert clone() in known.pg_map
+            dist.destroy_process_group(group)
+            del group
+            gc.collect()
+            assert clone() is None
+            assert [len(table) for table in tables] == sizes
+            assert clones_tags() == tags
+
+    ranks(2, run)
+
+
+PROGRAM = """
+import sys, torch, torch.distributed as dist, syncbn
+rank, folder = int(sys.argv[1]), sys.argv[2]
+
+def start(number):
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/store{number}", rank=rank, world_size=2
+    )
+
+def mean(layer):
+    layer(torch.full((1, 2), float(rank)))
+    return layer.running_mean.tolist()
+
+start(1)
+group = dist.new_group([0, 1])
+on_default = syncbn.SyncBatchNorm1d(2, momentum=1.0)
+on_group = syncbn.SyncBatchNorm1d(2, momentum=1.0, process_group=group)
+print(mean(on_default), mean(on_group))
+dist.destroy_process_group()
+start(2)
+print(mean(on_default))
+for use in (lambda: mean(on_group), lambda: syncbn.SyncBatchNorm1d(2, process_group=group)):
+    try:
+        print("no error", use())
+    except ValueError as error:
+        print(error)
+print(on_group)
+on_group.process_group = dist.new_group([0, 1])
+print(mean(on_group))
+dist.destroy_process_group()
+"""
+
+
+def test_after_destroy_and_initialisation(tmp_path):
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", PROGRAM, str(rank), str(tmp_path)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in (0, 1)
+    ]
+    try:
+        for process in processes:
+            said = process.communicate(timeout=120)[0].splitlines()
+            assert said[0] == "[0.5, 0.5] [0.5, 0.5]", said
+            assert said[1] == "[0.5, 0.5]", said
+            for refused in said[2:4]:
+                assert refused.startswith(
+                    "process_group: got a torch.distributed group of 2 ranks that was destroyed; "
+                    "make it anew after torch.distributed.init_process_group"
+                ), said
+            assert said[4].endswith("group_size=unavailable)"), said
+            assert said[5] == "[0.5, 0.5]", said
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+
+
+def test_what_was_never_sent_is_nobody_elses_fault(ranks):
+    """Only errors from the backend are blamed on another rank."""
+
+    def run(rank):
+        class Refused:
+            def __call__(self, *_: object, **__: object) -> None:
+                raise RuntimeError("no such tensor")
+
+        comm = syncbn.comm.resolve(None)
+        texts = []
+        for name in ("all_to_all_single", "all_gather"):
+            original = getattr(dist, name)
+            setattr(dist, name, Refused())
+            comm.few = 8 if name == "all_to_all_single" else 0
+            try:
+                comm.all_gather(torch.ones(2))
+            except RuntimeError as error:
+                texts.append(str(error))
+            finally:
+                setattr(dist, name, original)
+        return texts
+
+    for rank, texts in enumerate(ranks(2, run)):
+        said = (
+            f"ProcessGroup: all_gather could not be sent on rank {rank} of 2 (gloo): no such tensor"
+        )
+        assert texts == [said] * 2
