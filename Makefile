@@ -44,9 +44,15 @@ SANITIZED := -std=c++17 -O1 -g -fno-math-errno -fno-strict-aliasing -Wno-psabi -
   -fsanitize=address,undefined -fno-sanitize=alignment,null,object-size,pointer-overflow,vptr \
   -fno-sanitize-recover=all
 
+# As in setup.py: some files are for newer processors than the others.
+ifneq ($(findstring x86_64,$(shell $(CXX) -dumpmachine 2>/dev/null)),)
+$(NATIVE)/isa_v3.o: LEVEL := -march=x86-64-v3
+$(NATIVE)/isa_v4.o: LEVEL := -march=x86-64-v4
+endif
+
 $(NATIVE)/%.o: csrc/%.cpp $(wildcard csrc/*.h)
 	@mkdir -p $(NATIVE)
-	$(CXX) $(SANITIZED) -c $< -o $@
+	$(CXX) $(SANITIZED) $(LEVEL) -c $< -o $@
 
 $(NATIVE)/test_%: tests/native/test_%.cpp $(wildcard tests/native/*.h) $(wildcard csrc/*.h) \
     $(NATIVE)/isa_baseline.o $(NATIVE)/isa_v3.o $(NATIVE)/isa_v4.o
@@ -83,4 +89,4 @@ bench-toy: $(READY)
 	$(BIN)/python benchmarks/cpu.py ranks --quick
 
 clean:
-	rm -rf .venv build dist src/*.egg-info src/syncbn/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv build dist src/*.egg-info src/syncbn/*.so src/syncbn/libsyncbn.txt .pytest_cache .mypy_cache .ruff_cache .hypothesis

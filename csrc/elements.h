@@ -120,29 +120,36 @@ SYNCBN_INLINE void store_pair(BFloat16* p, const Pair<float>& v) {
 
 // The same elements of an array of per-channel numbers: load_channels<T>(p) has the order of
 // load_pair(T*).
-template <class V, int64_t... i>
-SYNCBN_INLINE Pair<float> split(const V& a, const V& b, std::integer_sequence<int64_t, i...>) {
-  return {__builtin_shufflevector(a, b, int(2 * i)...),
-          __builtin_shufflevector(a, b, int(2 * i + 1)...)};
+template <int... i>
+SYNCBN_INLINE Vector<float> shuffled(const Vector<float>& a, const Vector<float>& b) {
+#ifdef __clang__
+  return __builtin_shufflevector(a, b, i...);
+#else  // Clang's name for it came with GCC 12
+  return __builtin_shuffle(a, b, Bits{i...});
+#endif
 }
-template <class V, int64_t... i>
-SYNCBN_INLINE Pair<float> join(const V& a, const V& b, std::integer_sequence<int64_t, i...>) {
+template <int... i>
+SYNCBN_INLINE Pair<float> split(const Pair<float>& v, std::integer_sequence<int, i...>) {
+  return {shuffled<2 * i...>(v.a, v.b), shuffled<2 * i + 1 ...>(v.a, v.b)};
+}
+template <int... i>
+SYNCBN_INLINE Pair<float> join(const Pair<float>& v, std::integer_sequence<int, i...>) {
   constexpr int w = sizeof...(i);
-  return {__builtin_shufflevector(a, b, int(i / 2 + i % 2 * w)...),
-          __builtin_shufflevector(a, b, int(w / 2 + i / 2 + i % 2 * w)...)};
+  return {shuffled<(i / 2 + i % 2 * w)...>(v.a, v.b),
+          shuffled<(w / 2 + i / 2 + i % 2 * w)...>(v.a, v.b)};
 }
 template <class T>
 SYNCBN_INLINE Pair<Real<T>> load_channels(const Real<T>* p) {
   const Pair<Real<T>> v = load_pair(p);
   if constexpr (std::is_same_v<T, BFloat16>)
-    return split(v.a, v.b, std::make_integer_sequence<int64_t, lanes<float>>{});
+    return split(v, std::make_integer_sequence<int, lanes<float>>{});
   else
     return v;
 }
 template <class T>
 SYNCBN_INLINE void store_channels(Real<T>* p, const Pair<Real<T>>& v) {
   if constexpr (std::is_same_v<T, BFloat16>)
-    store_pair(p, join(v.a, v.b, std::make_integer_sequence<int64_t, lanes<float>>{}));
+    store_pair(p, join(v, std::make_integer_sequence<int, lanes<float>>{}));
   else
     store_pair(p, v);
 }

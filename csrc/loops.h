@@ -2,9 +2,8 @@
 //   SYNCBN_ISA, SYNCBN_NAME  the namespace's name, and the set's name in words,
 //   SYNCBN_VECTOR_BYTES  the width of a vector register,
 //   SYNCBN_AVX           the width in bits of its AVX instructions, 0 without,
-// and has told the compiler to use that set (see isa_*.cpp). No function of the
-// standard library is used in here: compiled for a new processor, it could replace its twin for
-// old ones when the files are linked.
+// and is compiled for that set (setup.py). No function of the standard library is used in here:
+// compiled for a new processor, it could replace its twin for old ones when the files are linked.
 #pragma once
 
 #include <type_traits>

@@ -4,6 +4,11 @@
 #include "operators.h"
 #include "sample_operators.h"
 
+// The instruction set whose loops run here, for `syncbn info`.
+extern "C" __attribute__((visibility("default"))) const char* syncbn_instruction_set() {
+  return syncbn::best_loopset().name;
+}
+
 STABLE_TORCH_LIBRARY(syncbn, m) {
   m.def("measure(Tensor x) -> Tensor");
   m.def(

@@ -3,6 +3,11 @@
 
 #include <cstdint>
 
+// Functions that no object file keeps a copy of: compiled for a new processor, one could replace
+// its twin for old ones when the files are linked.
+#define SYNCBN_INLINE inline __attribute__((always_inline))
+#define SYNCBN_LAMBDA __attribute__((always_inline))
+
 namespace syncbn {
 
 enum class Dtype : int { float32, float64, bfloat16, float16 };
@@ -35,10 +40,10 @@ struct View {
   int64_t channels, outer, inner;
   int64_t channel_stride, outer_stride, inner_stride;
 
-  int64_t positions() const { return outer * inner; }
+  SYNCBN_INLINE int64_t positions() const { return outer * inner; }
 
   template <class T>
-  T* at(int64_t channel, int64_t o, int64_t i) const {
+  SYNCBN_INLINE T* at(int64_t channel, int64_t o, int64_t i) const {
     return reinterpret_cast<T*>(data) + channel * channel_stride + o * outer_stride +
            i * inner_stride;
   }
@@ -53,8 +58,8 @@ constexpr int64_t widest_rows = 2048;  // how many channels of a tile of rows at
 struct Tile {
   int64_t channel_begin, channel_end, position_begin, position_end;
 
-  int64_t channels() const { return channel_end - channel_begin; }
-  int64_t positions() const { return position_end - position_begin; }
+  SYNCBN_INLINE int64_t channels() const { return channel_end - channel_begin; }
+  SYNCBN_INLINE int64_t positions() const { return position_end - position_begin; }
 };
 
 // Per-channel coefficients of y = (x − shift)·scale + offset and of
@@ -64,13 +69,13 @@ struct Coefficients {
   void *shift, *scale, *offset, *slope;
 
   template <class R>
-  R* shifts() const { return static_cast<R*>(shift); }
+  SYNCBN_INLINE R* shifts() const { return static_cast<R*>(shift); }
   template <class R>
-  R* scales() const { return static_cast<R*>(scale); }
+  SYNCBN_INLINE R* scales() const { return static_cast<R*>(scale); }
   template <class R>
-  R* offsets() const { return static_cast<R*>(offset); }
+  SYNCBN_INLINE R* offsets() const { return static_cast<R*>(offset); }
   template <class R>
-  R* slopes() const { return static_cast<R*>(slope); }
+  SYNCBN_INLINE R* slopes() const { return static_cast<R*>(slope); }
 };
 
 struct ChannelValues {

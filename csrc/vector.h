@@ -3,9 +3,6 @@
 // Included once per instruction set, inside its namespace (see loops.h); SYNCBN_VECTOR_BYTES is
 // the width of its registers. GCC and Clang compile the vector extension to plain instructions.
 
-#define SYNCBN_INLINE inline __attribute__((always_inline))
-#define SYNCBN_LAMBDA __attribute__((always_inline))
-
 template <class R>
 struct VectorOf;
 template <>

@@ -13,14 +13,14 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("click")
 pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")
 
 from syncbn.cli import main
 from syncbn.demo import train
+from syncbn.kernels import native
 
-COMMAND = [sys.executable, "-c", "import sys; from syncbn.cli import main; sys.exit(main())"]
+COMMAND = [sys.executable, "-m", "syncbn"]
 NO_PLOT = ["--no-plot"]
 TIMEOUT = 120  # seconds, for a loaded machine; each run takes a tenth
 needs_proc = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="reads Linux's /proc")
@@ -111,16 +111,34 @@ def test_info_names_what_serves_here(capsys: pytest.CaptureFixture[str]) -> None
     assert "threads" in facts["devices"]["cpu"]
     assert {"gloo", "nccl", "ucc", "mpi"} == set(facts["engines"])
     assert set(facts["kernels"]) == {"cpu", "cuda"}
+    if native.available():
+        assert facts["kernels"]["cpu"] == f"native ({native.instruction_set()})"
     assert main(["info"]) == 0
     out = capsys.readouterr().out
     assert facts["versions"]["torch"] in out
     assert facts["kernels"]["cpu"] in out
 
 
+def test_info_takes_torch_alone() -> None:
+    code = (
+        "import sys, torch, torch.distributed\n"
+        "before = set(sys.modules)\n"
+        "from syncbn.cli import main\n"
+        "status = main(['info'])\n"
+        "roots = {name.partition('.')[0] for name in set(sys.modules) - before}\n"
+        "assert status == 0\n"
+        "assert roots - sys.stdlib_module_names == {'syncbn'}, roots"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=TIMEOUT
+    )
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.parametrize(
     ("module", "command"),
     [
-        ("click", "info"),
+        ("rich", "demo"),
         ("sklearn", "demo"),
         ("matplotlib", "demo"),
     ],

@@ -24,7 +24,9 @@ FLOORS = (
     {"data_parallel", "registry"},
     {"convert"},
     {"demo"},
+    {"info"},
     {"cli"},
+    {"__main__"},
 )
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 # torch's name for convert() is a classmethod of the layer: it calls upwards, when called.

@@ -54,12 +54,49 @@ def test_one_wheel_for_every_python(copy):
     assert not tag.endswith("-any.whl")
 
 
+COMPILER = """#!/bin/sh
+echo "$0: warning: this compiler is only a test" >&2
+echo "csrc/isa_v3.cpp:1:1: error: what is a vector?" >&2
+echo "compilation terminated." >&2
+exit 1
+"""
+SAID = "csrc/isa_v3.cpp:1:1: error: what is a vector?"
+
+
 def test_without_a_compiler_there_is_a_pure_python_wheel(copy):
-    names, tag, said = build(copy, CC="false", CXX="false")
+    """It keeps what the compiler said, and no library that an earlier build left behind."""
+    compiler = copy / "compiler"
+    compiler.write_text(COMPILER)
+    compiler.chmod(0o755)
+    names, tag, said = build(copy, CC=str(compiler), CXX=str(compiler))
     assert not [name for name in names if name.endswith(".so")]
     assert tag.endswith("-py3-none-any.whl")
-    assert said.count("syncbn: without compiled CPU operators") == 1
+    assert said.count(f"syncbn: without compiled CPU operators ({SAID})") == 1
     assert "syncbn/kernels/composite.py" in names
+    assert "syncbn/libsyncbn.txt" in names
+    zipfile.ZipFile(copy / "dist" / tag).extractall(copy / "installed")
+    result = subprocess.run(
+        [sys.executable, "-m", "syncbn", "info"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env=os.environ | {"PYTHONPATH": str(copy / "installed"), "SYNCBN_KERNELS": ""},
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    assert (
+        f"libsyncbn.so was not built with this installation: {SAID}; with g++ 11" in result.stdout
+    )
+
+
+def test_a_failed_build_removes_what_an_earlier_one_left(copy):
+    library = copy / "src/syncbn/libsyncbn.so"
+    library.touch()
+    command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
+    environment = os.environ | {"CC": "no-such-compiler", "CXX": "no-such-compiler"}
+    subprocess.run(command, timeout=300, cwd=copy, env=environment, check=True)
+    assert not library.exists()
+    assert "no-such-compiler" in library.with_suffix(".txt").read_text()
 
 
 def test_without_torch_there_is_a_pure_python_wheel(copy):
@@ -69,4 +106,4 @@ def test_without_torch_there_is_a_pure_python_wheel(copy):
     names, tag, said = build(copy, runner.name)
     assert not [name for name in names if name.endswith(".so")]
     assert tag.endswith("-py3-none-any.whl")
-    assert said.count("syncbn: without compiled CPU operators (torch is not installed)") == 1
+    assert said.count("syncbn: without compiled CPU operators (torch is not installed where") == 1

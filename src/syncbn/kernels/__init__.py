@@ -9,8 +9,11 @@ to the specification, :mod:`syncbn.kernels.composite`.
 from __future__ import annotations
 
 import os
+import threading
+import warnings
 from typing import Protocol, cast
 
+import torch
 from torch import Tensor
 
 from . import composite, native
@@ -72,14 +75,39 @@ def serving(x: Tensor) -> Kernels:
 def describe() -> dict[str, str]:
     """Which kernels serve tensors on the CPU and on CUDA here, in words."""
     chosen = _chosen()
-    why = native.unavailable() or f"{VARIABLE} says so"
-    cpu = chosen if chosen == native.NAME else f"{chosen} ({why})"
-    return {"cpu": cpu, "cuda": composite.NAME}
+    if chosen == native.NAME:
+        more = native.instruction_set()
+    else:
+        more = native.unavailable() or f"{VARIABLE} says so"
+    return {"cpu": f"{chosen} ({more})", "cuda": composite.NAME}
 
 
 def native_serves(x: Tensor) -> bool:
-    """Whether the compiled operators serve x."""
-    return native.serves(x) and _chosen() == native.NAME
+    """Whether the compiled operators serve x, which is asked in training only.
+
+    The first time that they would, were they here, a warning says so.
+    """
+    if not native.serves(x):
+        return False
+    if _chosen() == native.NAME:
+        return True
+    if not torch.compiler.is_compiling():
+        _warn_once()
+    return False
+
+
+_unsaid = threading.Lock()  # who takes it warns; nobody gives it back
+
+
+def _warn_once() -> None:
+    if not _unsaid.acquire(blocking=False) or os.environ.get(VARIABLE) == composite.NAME:
+        return
+    if why := native.unavailable():
+        warnings.warn(
+            "syncbn trains tensors on the CPU with plain torch operations, which are slower than "
+            f"its compiled ones: {why}. To do without a warning, set {VARIABLE}={composite.NAME}",
+            stacklevel=2,
+        )
 
 
 def _chosen() -> str:

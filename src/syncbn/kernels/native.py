@@ -1,11 +1,12 @@
 """The compiled CPU operators: finds and loads the library, and gives their shapes for tracing.
 
 The operators live in csrc/ (formulas and shapes: composite.py) and are built with the package
-where torch and a C++ compiler are present. They know ranks no more than the others do.
+by setup.py. They know ranks no more than the others do.
 """
 
 from __future__ import annotations
 
+import ctypes
 import threading
 from collections.abc import Callable
 from functools import cache
@@ -20,6 +21,11 @@ from ..reproducible import NUMBERS
 
 NAME = "native"
 LIBRARY = Path(__file__).parents[1] / "libsyncbn.so"
+WHY_NOT = LIBRARY.with_suffix(".txt")  # left by setup.py where it could not build the library
+REMEDY = (
+    "with g++ 11 or newer, or clang 14 or newer, and torch 2.10 or newer, install syncbn again "
+    'with --no-build-isolation (README.md, "Install")'
+)
 
 _DTYPES = frozenset((torch.float32, torch.float64, torch.bfloat16, torch.float16))
 _TYPES = (Tensor, Parameter)
@@ -37,7 +43,8 @@ def unavailable() -> str | None:
 @cache
 def _load() -> str | None:
     if not LIBRARY.exists():
-        return f"{LIBRARY.name} was not built with this installation (see README.md, Install)"
+        why = f": {WHY_NOT.read_text().strip()}" if WHY_NOT.exists() else ""
+        return f"{LIBRARY.name} was not built with this installation{why}; {REMEDY}"
     try:
         torch.ops.load_library(LIBRARY)  # type: ignore[no-untyped-call]
     except OSError as error:
@@ -50,6 +57,13 @@ def _load() -> str | None:
 def available() -> bool:
     """Whether the compiled operators can be used here; the first call loads them."""
     return unavailable() is None
+
+
+def instruction_set() -> str:
+    """The name of the instruction set whose loops run on this processor; available() here."""
+    name = ctypes.CDLL(str(LIBRARY)).syncbn_instruction_set
+    name.restype = ctypes.c_char_p
+    return bytes(name()).decode()
 
 
 def serves(x: Tensor) -> bool:

@@ -1,0 +1,55 @@
+"""What `syncbn info` shows: versions, devices, engines of communication and kernels."""
+
+from __future__ import annotations
+
+import json
+
+import torch
+
+from .demo.run import versions
+from .kernels import describe
+
+
+def show(*, as_json: bool) -> None:
+    """Print :func:`facts`, as a table or as one JSON object."""
+    found = facts()
+    if as_json:
+        print(json.dumps(found, indent=2))
+        return
+    width = max(map(len, found)) + 2
+    for subject, content in found.items():
+        for name, value in content.items():
+            print(f"{subject:{width}}{name}: {value}")
+            subject = ""
+
+
+def facts() -> dict[str, dict[str, str]]:
+    """What is known of each subject, by name."""
+    devices = {
+        "cpu": f"{torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
+    }
+    for index in range(torch.cuda.device_count()):
+        devices[f"cuda:{index}"] = torch.cuda.get_device_name(index)
+    if torch.backends.mps.is_available():
+        devices["mps"] = "available"
+    return {
+        "versions": versions(),
+        "devices": devices,
+        "engines": _engines(),
+        "kernels": describe(),
+    }
+
+
+def _engines() -> dict[str, str]:
+    """The backends of torch.distributed in this build of torch."""
+    import torch.distributed as dist
+
+    if not dist.is_available():
+        return {"torch.distributed": "missing from this build of torch"}
+    checks = {
+        "gloo": dist.is_gloo_available,
+        "nccl": dist.is_nccl_available,
+        "ucc": dist.is_ucc_available,
+        "mpi": dist.is_mpi_available,
+    }
+    return {name: "found" if check() else "not in this torch" for name, check in checks.items()}
