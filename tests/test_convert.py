@@ -176,6 +176,21 @@ def test_where_sees_qualified_names_of_batch_norms_and_decides():
     assert model[4].process_group is None
 
 
+@pytest.mark.parametrize("accepted", ["0", "1.0", "2"])
+def test_where_is_asked_under_each_name_of_a_shared_layer(accepted):
+    shared, seen = nn.BatchNorm2d(3), []
+    model = nn.Sequential(shared, nn.Sequential(shared), shared)
+
+    def where(name, layer):
+        seen.append((name, layer))
+        return name == accepted
+
+    syncbn.convert(model, where=where)
+    names = ["0", "1.0", "2"]
+    assert seen == [(name, shared) for name in names[: names.index(accepted) + 1]]
+    assert type(shared) is syncbn.SyncBatchNorm2d
+
+
 def test_a_converted_model_exports_as_the_reverted_one():
     model, x = nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)).eval(), torch.randn(2, 3, 4, 4)
     plain = torch.export.export(model, (x,)).graph_module.code

@@ -118,6 +118,30 @@ def test_contexts_may_end_in_any_order():
     assert layer(x).all()
 
 
+def test_layers_may_be_reverted_and_converted_inside():
+    x, _, mask = speech(size=8)
+    model = syncbn.convert(nn.Sequential(nn.BatchNorm1d(3).double()))
+    with masking(model, mask):
+        syncbn.revert(model)
+        assert vars(model[0]).keys() == vars(nn.BatchNorm1d(3)).keys()
+        assert pickle.loads(pickle.dumps(model))[0](x).all()
+        syncbn.convert(model)
+        assert model[0](x).all(), "no mask: the context began with another layer"
+    assert vars(model[0]).keys() == vars(syncbn.convert(nn.BatchNorm1d(3))).keys()
+    with pytest.raises(KeyError), masking(model, mask):
+        raise KeyError
+    assert model[0](x).all()
+
+
+def test_a_shared_layer_is_asked_for_under_each_of_its_names():
+    x, _, mask = speech(size=8)
+    shared = syncbn.SyncBatchNorm1d(3, dtype=torch.float64)
+    model = nn.ModuleDict({"a": shared, "b": nn.Sequential(shared)})
+    for name in ("a", "b.0"):
+        with masking(model, lambda found, _, name=name: mask if found == name else None):
+            assert torch.equal(shared(x).ne(0).any(1), mask)
+
+
 def test_copies_are_outside():
     x, _, mask = speech(size=8)
     layer = syncbn.SyncBatchNorm1d(3, dtype=torch.float64)

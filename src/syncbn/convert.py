@@ -15,7 +15,9 @@ from torch.nn.modules.lazy import LazyModuleMixin
 
 from .comm import resolve, subgroups
 from .data_parallel import DataParallel
+from .graphs import compiled_batch_norms
 from .modules import SyncBatchNorm
+from .names import names_of_modules
 from .registry import Origin, is_candidate, stands_for, target_of
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
@@ -39,7 +41,8 @@ def convert(
     devices, because torch's does not synchronise its replicas.
 
     Subclasses that change behaviour are left alone and named in one warning;
-    :func:`register_conversion` teaches convert what to do with them.
+    :func:`register_conversion` teaches convert what to do with them. Another warning names batch
+    norms inside what torch.jit, torch.export and torch.fx have compiled: convert before that.
 
     Args:
         module: a model, or a single layer.
@@ -47,7 +50,8 @@ def convert(
         group_size: instead of ``process_group``, normalise over groups of that many consecutive
             ranks: [0 … k−1], [k … 2k−1] and so on. 1 means local statistics. Every rank must make
             this call: the first with its k makes the groups, later ones share them.
-        where: called with each layer's qualified name and the layer; False leaves it alone.
+        where: called with each layer's qualified name and the layer; False leaves it alone. A
+            layer that is shared has several names and converts if where says so for one of them.
         reproducible: as for :class:`SyncBatchNorm`; None leaves layers as they are.
 
     Returns:
@@ -97,10 +101,15 @@ def convert_layers(
     if group_size is not None:
         process_group = subgroups(group_size)
     resolve(process_group)
-    layers = [
-        (name, layer)
-        for name, layer in module.named_modules()
-        if is_candidate(layer) and (where is None or where(name, layer))
+    layers: list[tuple[str, Any]] = [
+        (names[0], layer)
+        for layer, names in names_of_modules(module).items()
+        if is_candidate(layer) and (where is None or any(where(name, layer) for name in names))
+    ]
+    compiled = [
+        f"{name or 'the module itself'} ({what})"
+        for name, holder, what in compiled_batch_norms(module)
+        if where is None or where(name, holder)
     ]
     left_alone = []
     for name, layer in layers:
@@ -116,6 +125,13 @@ def convert_layers(
         if reproducible is not None:
             layer.reproducible = reproducible
     _convert_wrappers(module)
+    if compiled:
+        warnings.warn(
+            "convert: left alone, because they are compiled, and will normalise each rank's batch "
+            f"by itself: {', '.join(compiled)}. Convert the model they were made of, which "
+            "torch.compile takes, or leave them out with where=",
+            stacklevel=stacklevel,
+        )
     if left_alone:
         warnings.warn(
             "convert: left alone, because they override BatchNorm's behaviour: "
@@ -160,7 +176,7 @@ def revert(module: ModuleT) -> ModuleT:
             _narrow_statistics(layer)
         lazy = isinstance(layer, LazyModuleMixin)
         source = origin.source if lazy else _materialised(origin.source)
-        for attribute in ("_origin", "process_group", "reproducible"):
+        for attribute in ("_origin", "process_group", "reproducible", "_mask_givers"):
             vars(layer).pop(attribute, None)
         if issubclass(source, nn.SyncBatchNorm):
             layer.process_group = origin.process_group

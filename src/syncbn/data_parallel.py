@@ -46,16 +46,16 @@ class DataParallel(nn.DataParallel[ModuleT]):
 
     Inputs:
         Tensors (N, *), split along dimension 0 as evenly as possible, in any nesting of tuples,
-        lists and dicts, positional or by keyword. Everything else, tensors () included, goes to
-        every replica. A batch of fewer than ``len(devices)`` samples uses fewer replicas.
+        lists, mappings and dataclasses, positional or by keyword. All else, tensors () included,
+        goes to every replica. A batch of fewer than ``len(devices)`` samples uses fewer replicas.
 
     Outputs:
         The same nesting that the replicas return; tensors () become a vector, one per replica;
         other values must be equal.
 
     Raises:
-        TypeError, ValueError: no module, no devices; outputs that differ in structure; a layer
-            that is ``reproducible``.
+        TypeError, ValueError: no module, no devices; nested tensors or packed sequences for
+            several devices; outputs that differ in structure; a layer that is ``reproducible``.
         RuntimeError: parameters elsewhere or uninitialised; a layer that has a group of several
             ranks; replicas that do not run the same synchronised layers in the same order;
             activation checkpointing inside a replica. What a replica raises is raised with its

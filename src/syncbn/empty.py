@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from types import MethodType
 from typing import Any
@@ -11,32 +11,34 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
+from .nested import indivisible, parts, rebuilt, tensors
+
 
 def without_samples(batch: Any) -> Any:
     """``batch`` with N = 0: every tensor (N, *) as (0, *), of its dtype and on its device.
 
-    Tuples, named tuples, lists and mappings keep their types. A list or tuple of strings becomes
+    Containers (see :mod:`syncbn.nested`) keep their types. A list or tuple of strings becomes
     empty; None, numbers, strings and tensors without dimensions stay.
 
-    Raises TypeError for anything else.
+    Raises TypeError for anything else, and for nested and compressed tensors and packed sequences.
     """
-    if isinstance(batch, Tensor):
+    values = parts(batch)
+    if values is not None:
+        texts = isinstance(batch, (tuple, list)) and not hasattr(batch, "_fields")
+        if texts and all(isinstance(value, str) for value in values.values()):
+            return rebuilt(batch, {})
+        return rebuilt(batch, {key: without_samples(value) for key, value in values.items()})
+    form = indivisible(batch)
+    if isinstance(batch, Tensor) and form is None:
         return batch if batch.dim() == 0 else batch.new_empty((0, *batch.shape[1:]))
-    if batch is None or isinstance(batch, (bool, int, float, str, bytes)):
+    if batch is None or isinstance(batch, (bool, int, float, complex, str, bytes)):
         return batch
-    cls: Any = type(batch)
-    if isinstance(batch, Mapping):
-        return cls({key: without_samples(value) for key, value in batch.items()})
-    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
-        return cls(*map(without_samples, batch))
-    if isinstance(batch, (tuple, list)):
-        if all(isinstance(value, str) for value in batch):
-            return cls()
-        return cls(map(without_samples, batch))
+    cls = type(batch)
+    kind = f"a {form}" if form else f"{cls.__module__}.{cls.__qualname__}"
     raise TypeError(
-        "until_all_done: expected batches of tensors in tuples, lists and mappings, got "
-        f"{cls.__module__}.{cls.__qualname__} among them; pass empty=, a function that makes a "
-        "batch without samples of a batch, and count=, one that says how many samples a batch has"
+        "until_all_done: expected batches of tensors in tuples, lists, mappings and dataclasses, "
+        f"got {kind} among them; pass empty=, a function that makes a batch without samples of a "
+        "batch, and count=, one that says how many samples a batch has"
     )
 
 
@@ -45,7 +47,7 @@ def samples_in(batch: Any) -> int:
 
     Raises ValueError where they disagree, or where there is no such tensor.
     """
-    sizes = set(_sizes(batch))
+    sizes = {tensor.size(0) for tensor in tensors(batch)}
     if len(sizes) == 1:
         return sizes.pop()
     got = f"tensors of {sorted(sizes)} samples" if sizes else f"{type(batch).__name__} without one"
@@ -54,15 +56,6 @@ def samples_in(batch: Any) -> int:
         f"{got}; pass empty=, a function that makes a batch without samples of a batch, and "
         "count=, one that says how many samples a batch has"
     )
-
-
-def _sizes(batch: Any) -> Iterator[int]:
-    if isinstance(batch, Tensor):
-        if batch.dim():
-            yield batch.shape[0]
-    elif isinstance(batch, (Mapping, tuple, list)):
-        for value in batch.values() if isinstance(batch, Mapping) else batch:
-            yield from _sizes(value)
 
 
 class EmptyBatchError(RuntimeError):
@@ -102,7 +95,7 @@ class _Named:
             try:
                 return self.forward(*args, **kwargs)
             except Exception as error:
-                if any(size == 0 for size in _sizes(running[-1][-1])):
+                if any(tensor.size(0) == 0 for tensor in tensors(running[-1][-1])):
                     raise EmptyBatchError(_cannot(*running[-1], error)) from error
                 raise
 

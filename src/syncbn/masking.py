@@ -10,6 +10,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from .modules import SyncBatchNorm
+from .names import names_of_modules
 
 
 @contextmanager
@@ -27,7 +28,8 @@ def masking(
         model: holds syncbn layers (:func:`syncbn.convert`), at any depth.
         mask: (N, *) bool as for :func:`syncbn.sync_batch_norm`, for layers whose inputs all have
             the shape (N, C, *). Or a function of a layer's qualified name and input that returns
-            the layer's mask, or None for none: for models that change the length on their way.
+            the layer's mask, or None for none: for models that change the length on their way. A
+            layer that is shared is asked for under each of its names until there is a mask.
 
     Raises:
         TypeError: ``model`` is no Module, or ``mask`` neither tensor nor function.
@@ -48,24 +50,29 @@ def masking(
             "masking: expected a bool tensor or a function of a layer's name and input as mask, "
             f"got {type(mask).__name__}"
         )
-    layers = [(n, layer) for n, layer in model.named_modules() if isinstance(layer, SyncBatchNorm)]
+    layers = {
+        layer: names
+        for layer, names in names_of_modules(model).items()
+        if isinstance(layer, SyncBatchNorm)
+    }
     if not layers:
         raise ValueError(
             "masking: expected a model with syncbn layers, got none in "
             f"{type(model).__name__}; convert it first: syncbn.convert(model)"
         )
     with ExitStack() as stack:
-        for name, layer in layers:
-            stack.enter_context(_giving(layer, (name, mask)))
+        for layer, names in layers.items():
+            stack.enter_context(_giving(layer, (names, mask)))
         yield
 
 
 @contextmanager
-def _giving(layer: SyncBatchNorm, giver: tuple[str, Any]) -> Iterator[None]:
+def _giving(layer: SyncBatchNorm, giver: tuple[list[str], Any]) -> Iterator[None]:
     layer._mask_givers = (*layer._mask_givers, giver)
     try:
         yield
     finally:
-        layer._mask_givers = tuple(other for other in layer._mask_givers if other is not giver)
-        if not layer._mask_givers:
-            del layer._mask_givers
+        givers = vars(layer).pop("_mask_givers", ())  # none if it was reverted meanwhile
+        others = tuple(other for other in givers if other is not giver)
+        if others:
+            layer._mask_givers = others

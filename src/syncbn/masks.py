@@ -69,12 +69,12 @@ def check_mask(mask: Tensor, input: Tensor) -> None:
         )
 
 
-def given_mask(givers: tuple[tuple[str, Any], ...], input: Tensor) -> Tensor | None:
-    """The mask of the last giver, a layer's name and its mask or function, that has one.
+def given_mask(givers: tuple[tuple[list[str], Any], ...], input: Tensor) -> Tensor | None:
+    """The mask of the last giver, a layer's names and its mask or function, that has one.
 
     Raises as :func:`check_mask`, with the layer's name.
     """
-    for name, giver in reversed(givers):
+    for name, giver in ((name, giver) for names, giver in reversed(givers) for name in names):
         mask: Tensor | None = giver if isinstance(giver, Tensor) else giver(name, input)
         if mask is None:
             continue

@@ -62,7 +62,7 @@ class SyncBatchNorm(_BatchNorm):
     # On the class too: a converted or unpickled layer may have none of its own.
     process_group: Any = None
     reproducible: bool = False
-    _mask_givers: tuple[tuple[str, Any], ...] = ()  # masking()'s, from the outermost
+    _mask_givers: tuple[tuple[list[str], Any], ...] = ()  # masking()'s, from the outermost
     _shapes: str = "(N, C, *)"
     _dims: tuple[int, ...] = ()
 

@@ -1,13 +1,15 @@
-"""A batch in any nesting of tuples, lists and dicts: split over devices, and put together again."""
+"""A batch in any nesting of containers: split over devices, and put together again."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from .nested import indivisible, leaves, mapped, parts, rebuilt, tensors
 
 _PLAIN = (bool, int, float, complex, str, bytes)
 
@@ -18,20 +20,37 @@ def scatter(obj: Any, devices: Sequence[torch.device], dim: int = 0) -> list[Any
     Tensors are split along ``dim`` as evenly as possible, into as many shares as the smallest of
     them has room for, so that nothing is lost. Tensors without dimensions and everything else go
     to every device. Several devices get copies of tensors.
+
+    With several devices, raises TypeError for nested and compressed tensors and packed sequences.
     """
-    sizes = [tensor.shape[dim] for tensor in _tensors(obj) if tensor.dim()]
+    if len(devices) == 1:
+        return [mapped(partial(_placed, devices[0]), obj)]
+    for value in leaves(obj):
+        if (form := indivisible(value)) is not None:
+            raise TypeError(
+                f"DataParallel: expected batches of tensors that can be split, got a {form}; give "
+                "it padded or dense tensors, and make others of them in the module's forward"
+            )
+    sizes = [tensor.shape[dim] for tensor in tensors(obj)]
     shares = max(1, min([len(devices), *sizes]))
 
-    def share(rank: int, tensor: Tensor) -> Tensor:
-        if tensor.dim():
-            base, extra = divmod(tensor.shape[dim], shares)
+    def share(rank: int, value: Any) -> Any:
+        if isinstance(value, Tensor) and value.dim():
+            base, extra = divmod(value.shape[dim], shares)
             start = rank * base + min(rank, extra)
-            tensor = tensor.narrow(dim, start, base + (rank < extra))
+            cut = torch.narrow_copy if value.is_sparse else torch.narrow
+            value = cut(value, dim, start, base + (rank < extra))
         # a view would share its version with the others' views: what one replica changes in
         # place would be wrong for backward in all
-        return tensor.to(devices[rank], non_blocking=True, copy=shares > 1)
+        return _placed(devices[rank], value, copy=shares > 1)
 
-    return [_mapped(partial(share, rank), obj) for rank in range(shares)]
+    return [mapped(partial(share, rank), obj) for rank in range(shares)]
+
+
+def _placed(device: torch.device, value: Any, copy: bool = False) -> Any:
+    if isinstance(value, Tensor):
+        return value.to(device, non_blocking=True, copy=copy)
+    return value.to(device) if indivisible(value) else value
 
 
 def gather(outputs: Sequence[Any], device: torch.device, dim: int = 0) -> Any:
@@ -47,21 +66,30 @@ def gather(outputs: Sequence[Any], device: torch.device, dim: int = 0) -> Any:
     if len(kinds) > 1 and not all(isinstance(output, Tensor) for output in outputs):
         names = ", ".join(type(output).__name__ for output in outputs)
         raise TypeError(f"{_EXPECTED}, got {names} from the replicas in turn")
-    if isinstance(first, Tensor):
-        tensors = [output.to(device) for output in outputs]
-        return torch.cat(tensors, dim) if first.dim() else torch.stack(tensors)
-    if isinstance(first, dict):
-        if any(output.keys() != first.keys() for output in outputs):
-            keys = ", ".join(str(list(output)) for output in outputs)
-            raise ValueError(f"{_EXPECTED}, got dicts with the keys {keys}")
-        return _like(first, [(k, gather([o[k] for o in outputs], device, dim)) for k in first])
-    if isinstance(first, (tuple, list)):
-        if len({len(output) for output in outputs}) > 1:
+    if isinstance(first, Tensor) and not indivisible(first):
+        found = [output.to(device) for output in outputs]
+        return torch.cat(found, dim) if first.dim() else torch.stack(found)
+    if parts(first) is None:
+        return _only_value(outputs)
+    inside = [parts(output) or {} for output in outputs]
+    if any(other.keys() != inside[0].keys() for other in inside):
+        if isinstance(first, (tuple, list)):
             lengths = ", ".join(str(len(output)) for output in outputs)
             raise ValueError(f"{_EXPECTED}, got {kinds.pop().__name__}s of lengths {lengths}")
-        return _like(first, [gather(values, device, dim) for values in zip(*outputs, strict=True)])
+        keys = ", ".join(str(list(other)) for other in inside)
+        raise ValueError(f"{_EXPECTED}, got {kinds.pop().__name__}s with the keys {keys}")
+    values = {key: gather([other[key] for other in inside], device, dim) for key in inside[0]}
+    return rebuilt(first, values)
+
+
+def _only_value(outputs: Sequence[Any]) -> Any:
+    """What all outputs are."""
+    first = outputs[0]
     if not all(o is first or (isinstance(first, _PLAIN) and o == first) for o in outputs):
-        values = ", ".join(repr(output) for output in outputs)
+        if form := indivisible(first):
+            values = f"{form}s, which cannot be concatenated"
+        else:
+            values = ", ".join(repr(output) for output in outputs)
         raise TypeError(f"{_EXPECTED}, got {values}; return what differs as tensors")
     return first
 
@@ -70,32 +98,3 @@ _EXPECTED = (
     "DataParallel: expected every replica to return the same nesting of tuples, lists and dicts of "
     "tensors"
 )
-
-
-def _tensors(obj: Any) -> Iterator[Tensor]:
-    if isinstance(obj, Tensor):
-        yield obj
-    elif isinstance(obj, (tuple, list, dict)):
-        for value in obj.values() if isinstance(obj, dict) else obj:
-            yield from _tensors(value)
-
-
-def _mapped(function: Callable[[Tensor], Tensor], obj: Any) -> Any:
-    """``obj`` with ``function`` of its tensors in new containers of the same kinds."""
-    if isinstance(obj, Tensor):
-        return function(obj)
-    if isinstance(obj, dict):
-        return _like(obj, [(key, _mapped(function, value)) for key, value in obj.items()])
-    if isinstance(obj, (tuple, list)):
-        return _like(obj, [_mapped(function, value) for value in obj])
-    return obj
-
-
-def _like(container: Any, values: list[Any]) -> Any:
-    """A container of the same type: tuples with fields take them one by one."""
-    cls = type(container)
-    if isinstance(container, tuple) and hasattr(container, "_fields"):
-        return cls(*values)
-    if hasattr(container, "default_factory"):
-        return cls(container.default_factory, values)
-    return cls(values)

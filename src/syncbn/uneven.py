@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import itertools
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
@@ -13,6 +12,7 @@ import torch.nn as nn
 
 from .comm import Communicator, resolve
 from .empty import named_failures, samples_in, without_samples
+from .transfer import packed, unpacked
 
 BatchT = TypeVar("BatchT")
 
@@ -33,7 +33,9 @@ def until_all_done(
     Ranks whose data runs out early stay in step: a batch with N = 0 passes through the model,
     takes part in every collective of DistributedDataParallel and of the synchronised layers, and
     weighs nothing in statistics and gradients. No sample is dropped or repeated. A rank without a
-    single batch learns from another rank what one looks like.
+    single batch learns from another rank what one looks like, if it is tensors, numbers, strings
+    and None in lists, tuples, named tuples and dicts, ordered and default ones among them: what
+    travels is data, and nothing that another rank sends is executed.
 
     Before each step the ranks exchange three numbers: one small all_gather in ``process_group``.
 
@@ -42,7 +44,8 @@ def until_all_done(
     ``steps.scale``, the number of ranks divided by the samples of all of them.
 
     Args:
-        loader: iterable of batches: tensors (N, *) alone or in tuples, lists and mappings.
+        loader: iterable of batches: tensors (N, *) alone or in tuples, lists, mappings and
+            dataclasses.
         process_group: as for :class:`SyncBatchNorm`; the ranks that train together.
         model: if given, a layer of it that cannot take an empty batch is named in the error.
         empty: makes a batch without samples of a batch, for other kinds of batches. With ``count``.
@@ -55,7 +58,8 @@ def until_all_done(
     Raises:
         Whatever ``loader`` raises, in its rank; then, in the same step, RuntimeError on the
         other ranks, which names that rank. TypeError, ValueError: batches of another kind without
-        ``empty`` and ``count``; wrong arguments. EmptyBatchError (a RuntimeError): see ``model``.
+        ``empty`` and ``count``; wrong arguments; on every rank, an empty batch that a rank without
+        any needs and that cannot travel. EmptyBatchError (a RuntimeError): see ``model``.
 
     Every rank must leave the loop at the same step: a rank that breaks out of it, or raises in its
     body, leaves the others waiting until it ends or the process group's timeout.
@@ -140,32 +144,44 @@ class Steps(Generic[BatchT]):
 
     def _agree_on_template(self, comm: Communicator, have: list[float]) -> None:
         """Send the template of the first rank that has one to all ranks."""
-        source, stream = have.index(1), io.BytesIO()
-        error: Exception | None = None
+        source, content, problem = have.index(1), b"", ""
         if comm.rank == source:
             try:
-                torch.save(self._template[0], stream)
-            except Exception as caught:  # the others wait: they are told first
-                error = caught
-        content = b"" if error else stream.getvalue()
-        length = int(_share(comm, (len(content),))[source][0])
-        if not length:
-            raise error or RuntimeError(
-                f"until_all_done: rank {source} could not pickle a batch without samples, which "
-                "ranks without any batch need; the cause is in its traceback"
-            )
-        padded = torch.zeros(length, dtype=torch.float64)
-        padded[: len(content)] = torch.tensor(list(content), dtype=torch.float64)
-        received = comm.all_reduce(padded.to(_device(comm))).byte().tolist()
+                content = packed(self._template[0])
+            except Exception as error:  # the others wait: they are told
+                problem = str(error)
+        received = _broadcast(comm, content or problem.encode(), source, bool(problem))
+        if isinstance(received, str):
+            raise TypeError(_CANNOT_TRAVEL.format(source=source, problem=received))
         if not self._template:
-            stream = io.BytesIO(bytes(received))
-            self._template.append(torch.load(stream, weights_only=False, map_location=_here))
+            try:
+                self._template.append(unpacked(received))
+            except ValueError as error:
+                problem = str(error)
+        refused = [rank for rank, (bad,) in enumerate(_share(comm, (bool(problem),))) if bad]
+        if refused:
+            raise TypeError(
+                _CANNOT_TRAVEL.format(
+                    source=source, problem=problem or f"rank {refused[0]} cannot read it"
+                )
+            )
 
 
-def _here(storage: Any, location: str) -> Any:
-    """Place what another rank had on its device on this rank's."""
-    kind = location.split(":")[0]
-    return torch.serialization.default_restore_location(storage, kind)  # type: ignore[no-untyped-call]
+_CANNOT_TRAVEL = (
+    "until_all_done: expected a batch without samples of rank {source}, which ranks without any "
+    "batch need, as tensors, numbers, strings and None in lists, tuples, named tuples and dicts, "
+    "got one that cannot travel without running code: {problem}; let empty= return such a batch, "
+    "or give every rank at least one batch of its own"
+)
+
+
+def _broadcast(comm: Communicator, content: bytes, source: int, is_text: bool) -> bytes | str:
+    """``content`` of rank ``source``, and whether it is text."""
+    length, text = _share(comm, (len(content), is_text))[source]
+    padded = torch.zeros(int(length), dtype=torch.float64)
+    padded[: len(content)] = torch.tensor(list(content), dtype=torch.float64)
+    received = bytes(comm.all_reduce(padded.to(_device(comm))).byte().tolist())
+    return received.decode(errors="replace") if text else received
 
 
 def _share(comm: Communicator, numbers: tuple[float, ...]) -> list[list[float]]:
