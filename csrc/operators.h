@@ -28,10 +28,11 @@ inline std::tuple<Tensor, Tensor, Tensor, Tensor> normalise(
     std::optional<double> momentum, double eps) {
   const Dtype dtype = check_input("normalise", x);
   const int64_t channels = x.size(1);
-  STD_TORCH_CHECK(torch_dtype(sets) == aoti_torch_dtype_float64() && sets.dim() == 2 &&
-                      sets.size(1) == 1 + 2 * channels && sets.stride(1) == 1,
-                  "syncbn::normalise: expected sets as packed float64 moments of shape (k, ",
-                  1 + 2 * channels, "), got shape ", shape(sets));
+  SYNCBN_CHECK(torch_dtype(sets) == aoti_torch_dtype_float64() && sets.dim() == 2 &&
+                   sets.size(1) == 1 + 2 * channels && sets.stride(1) == 1,
+               "syncbn::normalise: expected sets as packed float64 moments of shape (k, ",
+               1 + 2 * channels, "), got shape ", shape(sets));
+  check_held("sets", sets, 8);
   const Running r = running("normalise", running_mean, running_var, num_batches_tracked, momentum, channels);
   const Affine affine{parameter("normalise", "weight", weight, channels),
                       parameter("normalise", "bias", bias, channels)};
@@ -93,11 +94,10 @@ inline std::tuple<Tensor, Tensor> batch_norm(const Tensor& x, const Maybe& weigh
                                       std::optional<double> momentum, double eps) {
   const Dtype dtype = check_input("batch_norm", x);
   const int64_t channels = x.size(1);
-  STD_TORCH_CHECK(x.numel() > 0, "syncbn::batch_norm: expected a tensor with values, got shape ", shape(x));
+  SYNCBN_CHECK(x.numel() > 0, "syncbn::batch_norm: expected a tensor with values, got shape ", shape(x));
   const Running r = running("batch_norm", running_mean, running_var, num_batches_tracked, momentum, channels);
   const Affine affine{parameter("batch_norm", "weight", weight, channels),
                       parameter("batch_norm", "bias", bias, channels)};
-  check_mixture("batch_norm", affine, dtype);
   Tensor y = new_like(x), saved = doubles(2, channels);
   const Problem p = make_problem(dtype, x, nullptr, &y);
   forward(parallel(), p.work, p.views[0], p.views[1], affine, r, eps, data(saved),
@@ -105,19 +105,24 @@ inline std::tuple<Tensor, Tensor> batch_norm(const Tensor& x, const Maybe& weigh
   return {y, saved};
 }
 
+// A tensor for the gradient of a parameter, of its type.
+inline Tensor gradient_of(const Maybe& parameter, int64_t channels) {
+  const int64_t one = 1;
+  const int32_t type = parameter ? torch_dtype(*parameter) : aoti_torch_dtype_float32();
+  return allocate(&channels, &one, 1, type);
+}
+
 inline std::tuple<Tensor, Tensor, Tensor> batch_norm_backward(const Tensor& dy, const Tensor& x,
-                                               const Maybe& weight, const Tensor& saved) {
+                                               const Maybe& weight, const Maybe& bias,
+                                               const Tensor& saved) {
   const Dtype dtype = check_input("batch_norm_backward", x);
   check_gradient("batch_norm_backward", dy, x);
   const int64_t channels = x.size(1);
-  STD_TORCH_CHECK(x.numel() > 0, "syncbn::batch_norm_backward: expected a tensor with values, got shape ",
-                  shape(x));
+  SYNCBN_CHECK(x.numel() > 0, "syncbn::batch_norm_backward: expected a tensor with values, got shape ",
+               shape(x));
   const double* mean = check_doubles("batch_norm_backward", "saved", saved, 2 * channels);
   const Parameter weights = parameter("batch_norm_backward", "weight", weight, channels);
-  Tensor dx = new_like(x);
-  const int64_t one = 1;
-  const int32_t type = weight ? torch_dtype(*weight) : aoti_torch_dtype_float32();
-  Tensor dweight = allocate(&channels, &one, 1, type), dbias = allocate(&channels, &one, 1, type);
+  Tensor dx = new_like(x), dweight = gradient_of(weight, channels), dbias = gradient_of(bias, channels);
   const Problem p = make_problem(dtype, x, &dy, &dx);
   Scratch scratch(2 * channels);
   double* sums = scratch.take(2 * channels);

@@ -1,15 +1,18 @@
 // Weight, bias and running statistics: (C,) tensors of any floating type, read and written as double.
+// And the counter of batches, of any type that counts.
 #pragma once
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #include "types.h"
 
 namespace syncbn {
 
 struct Parameter {
-  void* data = nullptr;  // null: not given
+  bool given = false;
+  void* data = nullptr;
   Dtype dtype = Dtype::float32;
   int64_t stride = 1;
 };
@@ -74,7 +77,7 @@ void with_elements(const Parameter& p, F body) {
 }
 
 inline void read(const Parameter& p, int64_t channels, double otherwise, double* to) {
-  if (!p.data) {
+  if (!p.given) {
     for (int64_t c = 0; c < channels; ++c) to[c] = otherwise;
     return;
   }
@@ -92,32 +95,53 @@ inline void write(const Parameter& p, int64_t channels, const double* from) {
   });
 }
 
+// Adds one to the number at `data`, in its own type, and returns it.
+template <class T>
+double count_on(void* data) {
+  T* number = static_cast<T*>(data);
+  if constexpr (std::is_integral_v<T>) {
+    *number = T(std::make_unsigned_t<T>(*number) + 1u);
+    return double(*number);
+  } else {
+    narrow(widen(*number) + 1, number);
+    return widen(*number);
+  }
+}
+
+// num_batches_tracked.
+struct Counter {
+  bool given = false;
+  void* data = nullptr;
+  double (*count_on)(void*) = nullptr;
+};
+
 // The running statistics and how they follow the batches'.
 struct Running {
   Parameter mean, var;
-  int64_t* batches = nullptr;  // num_batches_tracked
-  bool cumulative = false;     // momentum None: the average over all batches
+  Counter batches;
+  bool cumulative = false;  // momentum None: the average over all batches
   double momentum = 0;
 
   // Counts this batch; returns its weight.
   double step() const {
-    const double before = batches ? double((*batches)++) : 0;
+    const double counted = batches.given ? batches.count_on(batches.data) : 0;
     if (!cumulative) return momentum;
-    return batches ? 1 / (before + 1) : 0;
+    return batches.given ? 1 / counted : 0;
   }
 };
 
 // Channels [begin, end) of the running statistics move by `step` towards the mean and unbiased
-// variance of `count` values.
+// variance of `count` values: (1 − step)·old + step·new, which keeps a small one beside a large.
 inline void move_running(const Running& running, int64_t begin, int64_t end, double step,
                          double count, const double* mean, const double* m2) {
-  const double unbiased = 1 / (count - 1 < 1 ? 1 : count - 1);
+  if (step == 0) return;  // 0·∞ would be no number
+  const double unbiased = 1 / (count - 1 < 1 ? 1 : count - 1), kept = 1 - step;
   auto move = [&](const Parameter& p, const double* target, double factor) {
-    if (!p.data) return;
+    if (!p.given) return;
     with_elements(p, [&](auto* to) {
       for (int64_t c = begin; c < end; ++c) {
         const double old = widen(to[c * p.stride]);
-        narrow(old + step * (target[c] * factor - old), to + c * p.stride);
+        narrow(kept * old + step * (target[c] * factor), to + c * p.stride);
       }
     });
   };

@@ -30,7 +30,7 @@ STABLE_TORCH_LIBRARY(syncbn, m) {
       "Tensor(b!)? running_var, Tensor(c!)? num_batches_tracked, float? momentum, float eps) -> "
       "(Tensor y, Tensor saved)");
   m.def(
-      "batch_norm_backward(Tensor dy, Tensor x, Tensor? weight, Tensor saved) -> "
+      "batch_norm_backward(Tensor dy, Tensor x, Tensor? weight, Tensor? bias, Tensor saved) -> "
       "(Tensor dx, Tensor dweight, Tensor dbias)");
 }
 

@@ -31,15 +31,16 @@ class Samples {
     const int64_t one = begins_.empty() ? 1 : x.size(0);
     if (size_ > 0 && !p.look(0, one)) {
       for (int t = 0; t < p.count; ++t) p.tensors[t] = contiguous_copy(p.tensors[t]);
-      STD_TORCH_CHECK(p.look(0, one), "syncbn: no loops for contiguous samples");
+      SYNCBN_CHECK(p.look(0, one), "syncbn: no loops for contiguous samples");
     }
     return p;
   }
 
  private:
   void check_lengths(const char* op, const Tensor& x, const Tensor& lengths) {
-    STD_TORCH_CHECK(torch_dtype(lengths) == aoti_torch_dtype_int64() && lengths.is_contiguous(),
-                    "syncbn::", op, ": expected lengths as contiguous int64 numbers");
+    SYNCBN_CHECK(torch_dtype(lengths) == aoti_torch_dtype_int64() && lengths.is_contiguous(),
+                 "syncbn::", op, ": expected lengths as contiguous int64 numbers");
+    check_held("lengths", lengths, 8);
     const int64_t* counts = static_cast<const int64_t*>(lengths.data_ptr());
     begins_.push_back(0);
     bool fit = true;
@@ -47,8 +48,8 @@ class Samples {
       fit = fit && counts[n] >= 0 && counts[n] <= x.size(0) - begins_.back();
       begins_.push_back(fit ? begins_.back() + counts[n] : 0);
     }
-    STD_TORCH_CHECK(fit && begins_.back() == x.size(0), "syncbn::", op,
-                    ": expected lengths that add up to ", x.size(0), ", the size of x");
+    SYNCBN_CHECK(fit && begins_.back() == x.size(0), "syncbn::", op,
+                 ": expected lengths that add up to ", x.size(0), ", the size of x");
   }
 
   int64_t size_;
@@ -58,7 +59,7 @@ class Samples {
 
 // The values of element n of dimension 0 of t, one per channel, as doubles.
 inline void read_element(const Tensor& t, Dtype dtype, int64_t n, double* values) {
-  read({element(t, dtype, n), dtype, t.stride(1)}, t.size(1), 0, values);
+  read({true, element(t, dtype, n), dtype, t.stride(1)}, t.size(1), 0, values);
 }
 
 inline Tensor measure_samples(const Tensor& x, const Maybe& lengths) {
@@ -88,11 +89,12 @@ inline Tensor measure_samples(const Tensor& x, const Maybe& lengths) {
 
 inline Tensor merge_samples(const Tensor& received) {
   const int64_t numbers = 2 * represented;
-  STD_TORCH_CHECK(torch_dtype(received) == aoti_torch_dtype_float64() && received.dim() == 2 &&
-                      received.size(0) > 0 && received.stride(1) == 1 &&
-                      received.size(1) % numbers == 1,
-                  "syncbn::merge_samples: expected float64 numbers of shape (W, 1 + ", numbers,
-                  "·C), got shape ", shape(received));
+  SYNCBN_CHECK(torch_dtype(received) == aoti_torch_dtype_float64() && received.dim() == 2 &&
+                   received.size(0) > 0 && received.stride(1) == 1 &&
+                   received.size(1) % numbers == 1,
+               "syncbn::merge_samples: expected float64 numbers of shape (W, 1 + ", numbers,
+               "·C), got shape ", shape(received));
+  check_held("what the ranks sent", received, 8);
   const int64_t channels = received.size(1) / numbers;
   Tensor packed = doubles(1, 1 + 2 * channels);
   merge_represented(best_loopset().reproducible, data(received), received.size(0),
@@ -131,11 +133,12 @@ inline Tensor gradient_sums_samples(const Tensor& dy, const Tensor& x, const Ten
 }
 
 inline Tensor total_samples(const Tensor& received) {
-  STD_TORCH_CHECK(torch_dtype(received) == aoti_torch_dtype_float64() && received.dim() == 3 &&
-                      received.size(0) > 0 && received.size(1) == represented &&
-                      received.size(2) % 2 == 0 && received.is_contiguous(),
-                  "syncbn::total_samples: expected contiguous float64 numbers of shape (W, ",
-                  represented, ", 2·C), got shape ", shape(received));
+  SYNCBN_CHECK(torch_dtype(received) == aoti_torch_dtype_float64() && received.dim() == 3 &&
+                   received.size(0) > 0 && received.size(1) == represented &&
+                   received.size(2) % 2 == 0 && received.is_contiguous(),
+               "syncbn::total_samples: expected contiguous float64 numbers of shape (W, ",
+               represented, ", 2·C), got shape ", shape(received));
+  check_held("what the ranks sent", received, 8);
   const int64_t columns = received.size(2);
   Tensor sums = doubles(2, columns / 2);
   Scratch scratch(columns);

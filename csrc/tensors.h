@@ -1,20 +1,14 @@
-// Torch's tensors as the loops' views and parameters: types, checks, allocation.
+// Torch's tensors as the loops' views: allocation, strides, copies.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
 
-#include <optional>
-#include <string>
-
+#include "checks.h"
 #include "geometry.h"
 #include "isa.h"
 #include "steps.h"
 
 namespace syncbn::operators {
-
-using torch::stable::Tensor;
-using Maybe = std::optional<Tensor>;
 
 // --- torch's side of the parts ---------------------------------------------------------------
 
@@ -25,25 +19,12 @@ inline Parallel parallel() {
   return {run, int64_t(torch::stable::get_num_threads())};
 }
 
-inline int32_t torch_dtype(const Tensor& t) {
-  int32_t dtype;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(t.get(), &dtype));
-  return dtype;
-}
-
-inline std::optional<Dtype> floating(const Tensor& t) {
-  static const int32_t codes[dtypes] = {aoti_torch_dtype_float32(), aoti_torch_dtype_float64(),
-                                        aoti_torch_dtype_bfloat16(), aoti_torch_dtype_float16()};
-  const int32_t dtype = torch_dtype(t);
-  for (int d = 0; d < dtypes; ++d)
-    if (codes[d] == dtype) return Dtype(d);
-  return std::nullopt;
-}
-
 inline Tensor allocate(const int64_t* sizes, const int64_t* strides, int64_t dims, int32_t dtype) {
   AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
-      dims, sizes, strides, dtype, aoti_torch_device_type_cpu(), 0, &handle));
+  SYNCBN_CHECK(aoti_torch_empty_strided(dims, sizes, strides, dtype, aoti_torch_device_type_cpu(),
+                                        0, &handle) == AOTI_TORCH_SUCCESS,
+               "sync_batch_norm: expected memory for a result of shape ", shape(dims, sizes),
+               ", got none from torch, which says why above; take a smaller batch");
   return Tensor(handle);
 }
 
@@ -64,75 +45,7 @@ inline Tensor doubles(int64_t rows, int64_t n) {
 
 // Where element n of dimension 0 of t begins.
 inline void* element(const Tensor& t, Dtype dtype, int64_t n) {
-  static const int64_t bytes[dtypes] = {4, 8, 2, 2};
-  return static_cast<char*>(t.data_ptr()) + n * t.stride(0) * bytes[int(dtype)];
-}
-
-inline double* data(const Tensor& t) { return static_cast<double*>(t.data_ptr()); }
-
-inline std::string shape(const Tensor& t) {
-  std::string text = "(";
-  for (int64_t d = 0; d < t.dim(); ++d) text += (d ? ", " : "") + std::to_string(t.size(d));
-  return text + ")";
-}
-
-// --- checks ----------------------------------------------------------------------------------
-
-inline Dtype check_input(const char* op, const Tensor& x) {
-  STD_TORCH_CHECK(x.dim() >= 2 && x.dim() <= most_dims && x.size(1) > 0, "syncbn::", op,
-                  ": expected x of shape (N, C, *) with C > 0 and at most ", most_dims,
-                  " dimensions, got shape ", shape(x));
-  const std::optional<Dtype> dtype = floating(x);
-  STD_TORCH_CHECK(dtype, "syncbn::", op,
-                  ": expected x of dtype float32, float64, bfloat16 or float16, got another dtype");
-  return *dtype;
-}
-
-inline void check_gradient(const char* op, const Tensor& dy, const Tensor& x) {
-  bool same = dy.dim() == x.dim() && torch_dtype(dy) == torch_dtype(x);
-  for (int64_t d = 0; same && d < x.dim(); ++d) same = dy.size(d) == x.size(d);
-  STD_TORCH_CHECK(same, "syncbn::", op, ": expected dy of x's dtype and shape ", shape(x),
-                  ", got shape ", shape(dy), torch_dtype(dy) == torch_dtype(x) ? "" : ", another dtype");
-}
-
-// A contiguous float64 tensor, `what`, of n numbers.
-inline const double* check_doubles(const char* op, const char* what, const Tensor& t, int64_t n) {
-  STD_TORCH_CHECK(torch_dtype(t) == aoti_torch_dtype_float64() && t.numel() == n && t.is_contiguous(),
-                  "syncbn::", op, ": expected ", what, " as ", n,
-                  " contiguous float64 numbers, got shape ", shape(t));
-  return data(t);
-}
-
-inline Parameter parameter(const char* op, const char* what, const Maybe& t, int64_t channels) {
-  if (!t) return {};
-  const std::optional<Dtype> dtype = floating(*t);
-  STD_TORCH_CHECK(dtype && t->dim() == 1 && t->size(0) == channels && t->is_cpu(), "syncbn::", op,
-                  ": expected ", what, " as a floating tensor of shape (", channels,
-                  ",) on the CPU, got shape ", shape(*t));
-  return {t->data_ptr(), *dtype, t->stride(0)};
-}
-
-inline Running running(const char* op, const Maybe& mean, const Maybe& var, const Maybe& batches,
-                std::optional<double> momentum, int64_t channels) {
-  Running r;
-  r.mean = parameter(op, "running_mean", mean, channels);
-  r.var = parameter(op, "running_var", var, channels);
-  if (batches) {
-    STD_TORCH_CHECK(torch_dtype(*batches) == aoti_torch_dtype_int64() && batches->numel() == 1,
-                    "syncbn::", op, ": expected num_batches_tracked as one int64 number, got shape ",
-                    shape(*batches));
-    r.batches = static_cast<int64_t*>(batches->data_ptr());
-  }
-  r.cumulative = !momentum.has_value();
-  r.momentum = momentum.value_or(0);
-  return r;
-}
-
-// As torch has it. The synchronised steps take any: ranks may differ in their input's dtype.
-inline void check_mixture(const char* op, const Affine& affine, Dtype dtype) {
-  for (const Parameter& p : {affine.weight, affine.bias})
-    STD_TORCH_CHECK(!p.data || p.dtype == dtype || p.dtype == Dtype::float32, "syncbn::", op,
-                    ": mixed dtype: expected weight and bias of x's dtype or float32");
+  return static_cast<char*>(t.data_ptr()) + n * t.stride(0) * bytes_of[int(dtype)];
 }
 
 // --- tensors as views ------------------------------------------------------------------------
@@ -191,7 +104,7 @@ inline Problem make_problem(Dtype dtype, const Tensor& x, const Tensor* dy, cons
     const Tensor model = like_x ? *like_x : new_like(x);
     if (dy) p.tensors[1] = copy_like(*dy, model);
     if (!p.look(0, size)) p.tensors[0] = copy_like(x, model);
-    STD_TORCH_CHECK(p.look(0, size), "syncbn: no loops for strides like those of x");
+    SYNCBN_CHECK(p.look(0, size), "syncbn: no loops for strides like those of x");
   }
   return p;
 }

@@ -97,6 +97,16 @@ def test_parameters_and_statistics_of_the_wrong_size(name, wrong, training, grou
 
 @in_and_out
 @pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("name", ["weight", "bias", "running_mean", "running_var"])
+def test_parameters_and_statistics_that_are_no_tensors(name, training, group):
+    tensors = {key: torch.ones(3) for key in ("running_mean", "running_var", "weight", "bias")}
+    tensors[name] = numpy.ones(3)
+    with pytest.raises(TypeError, match=f"^sync_batch_norm: expected {name} .*got ndarray; use "):
+        syncbn.sync_batch_norm(x4d(), **tensors, training=training, group=group)
+
+
+@in_and_out
+@pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("name", ["mean", "var"])
 def test_one_running_statistic_without_the_other(name, training, group):
     layer = syncbn.SyncBatchNorm2d(3, process_group=group)

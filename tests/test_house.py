@@ -13,8 +13,8 @@ SOURCE = Path(syncbn.__file__).parent
 CSRC = Path(__file__).parents[1] / "csrc"
 # From the ground up. A room imports from rooms on floors below its own, never from its own floor.
 FLOORS = (
-    {"_version", "checks", "graphs", "masks", "moments", "names", "nested", "recomputation"},
-    {"empty", "reproducible", "scatter", "transfer"},
+    {"_version", "checks", "graphs", "moments", "names", "nested", "recomputation"},
+    {"empty", "masks", "reproducible", "scatter", "transfer"},
     {"comm", "kernels"},
     {"differentiable", "share"},
     {"autograd", "joint", "local", "uneven"},

@@ -9,7 +9,6 @@ import warnings
 import pytest
 import torch
 from layers import (
-    COMPILED,
     Pair,
     assert_same_training,
     identical,
@@ -27,15 +26,6 @@ DTYPES += [(torch.bfloat16, torch.float32), (torch.float16, torch.float32)]  # i
 @pytest.mark.parametrize("shape", SHAPES)
 def test_every_dtype_equals_torch(shape, dtype, param_dtype):
     assert_same_training(*pair(len(shape), dtype=param_dtype), shape, dtype)
-
-
-@pytest.mark.skipif(COMPILED, reason="the compiled operators take them")
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-def test_dtypes_that_torch_refuses_are_refused_in_one_process(dtype):
-    other = torch.float16 if dtype == torch.bfloat16 else torch.bfloat16
-    for layer in pair(4, dtype=other):
-        with pytest.raises(RuntimeError, match="mixed dtype"):
-            layer(torch.randn(2, 3, 4, 4, dtype=dtype))
 
 
 @pytest.mark.parametrize("shape", [(4, 3, 2, 2, 2, 2), (2, 3, 1, 2, 1, 2, 3)])

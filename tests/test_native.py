@@ -120,7 +120,7 @@ def test_operators_pass_opcheck(shape):
         (ops.gradient_sums_samples, (x, x, mean, invstd, None)),
         (ops.total_samples, (totals,)),
         (ops.batch_norm, (x, weight, None, *running, 0.1, 1e-5)),
-        (ops.batch_norm_backward, (x, x, weight, torch.stack((mean, invstd)))),
+        (ops.batch_norm_backward, (x, x, weight, weight.double(), torch.stack((mean, invstd)))),
     ):
         if op in (ops.batch_norm, ops.batch_norm_backward) and not len(x):
             continue
@@ -176,7 +176,7 @@ def test_rows_that_do_not_fill_a_vector(shape):
     if x.numel() == 0:
         saved = torch.ones(2, 3, dtype=torch.float64)
         with pytest.raises(RuntimeError, match="expected a tensor with values"):
-            torch.ops.syncbn.batch_norm_backward(x, x, None, saved)
+            torch.ops.syncbn.batch_norm_backward(x, x, None, None, saved)
         return
     y = syncbn.sync_batch_norm(x, None, None)
     oracle.assert_close(y, oracle.batch_norm(x, x).y)

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from .checks import check_held
 from .comm import Communicator
 from .differentiable import differentiable_gradients, with_value
-from .share import Share
+from .share import Share, parameter_gradients
 
 
 def synchronised(
@@ -76,7 +77,7 @@ class _SyncBatchNorm(torch.autograd.Function):
         )
         if wants_gradient or (anchor is not None and bool(received[:, 0].any())):
             ctx.save_for_backward(x, weight, mean, invstd, count)
-            ctx.bias_dtype = None if bias is None else bias.dtype
+            ctx.bias = bias  # for its dtype
             ctx.eps, ctx.share = eps, share
         else:
             ctx.mark_non_differentiable(y)
@@ -87,8 +88,13 @@ class _SyncBatchNorm(torch.autograd.Function):
         x, weight, *statistics = ctx.saved_tensors
         share: Share = ctx.share
         wants_x, wants_weight, wants_bias = ctx.needs_input_grad[:3]
+        compiling = torch.compiler.is_compiling()
+        if not compiling:  # before any message
+            mean, invstd, count = statistics
+            check_held({"the output's gradient": dy, "input": x, "weight": weight})
+            check_held({"mean": mean, "invstd": invstd, "count": count})
         dx: Tensor | None
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph
+        if torch.is_grad_enabled() and not compiling:  # create_graph
             dx, local = differentiable_gradients(dy, x, weight, ctx.eps, share.comm)
             if share.reproducible:
                 with torch.no_grad():
@@ -96,9 +102,8 @@ class _SyncBatchNorm(torch.autograd.Function):
                 dx = None if value is None else with_value(dx, value)
         else:
             dx, local = _gradients(share, wants_x, dy, x, weight, *statistics)
-        dweight = local[1].to(weight.dtype) if wants_weight else None
-        dbias = local[0].to(ctx.bias_dtype) if wants_bias else None
-        return dx, dweight, dbias, *(None,) * 8
+        wanted = (weight if wants_weight else None, ctx.bias if wants_bias else None)
+        return dx, *parameter_gradients(local, *wanted), *(None,) * 8
 
 
 def _gradients(

@@ -9,6 +9,11 @@ import torch
 from torch import Tensor
 from torch.fx import Proxy
 
+FLOATING = frozenset((torch.float16, torch.bfloat16, torch.float32, torch.float64))
+FLOATING_WORDS = "of float16, bfloat16, float32 or float64"
+COUNTING = frozenset((torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8))
+MOST_DIMENSIONS = 64  # of torch's sums, and so of ours
+
 
 def check_options(momentum: float, eps: float) -> None:
     """Refuse a momentum outside [0, 1] and an eps ≤ 0."""
@@ -26,11 +31,11 @@ def check_options(momentum: float, eps: float) -> None:
 
 
 def checked_dtype(name: str, dtype: Any) -> torch.dtype:
-    """``dtype``, unless it is no floating one."""
-    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+    """``dtype``, unless it is none of those that a layer computes with."""
+    if not isinstance(dtype, torch.dtype) or dtype not in FLOATING:
         raise TypeError(
-            f"SyncBatchNorm: expected {name} to be a floating-point dtype, got {dtype!r}; "
-            "for example torch.float64"
+            f"SyncBatchNorm: expected {name} to be a floating-point dtype, {FLOATING_WORDS}, got "
+            f"{dtype!r}; for example torch.float64"
         )
     return dtype
 
@@ -42,9 +47,9 @@ def check_input(input: Tensor) -> None:
         raise TypeError(
             f"sync_batch_norm: expected a torch.Tensor as input, got {type(input).__name__}{remedy}"
         )
-    if not input.dtype.is_floating_point:
+    if input.dtype not in FLOATING:
         raise TypeError(
-            f"sync_batch_norm: expected floating-point input, got {input.dtype}; "
+            f"sync_batch_norm: expected floating-point input, {FLOATING_WORDS}, got {input.dtype}; "
             "convert it first, for example input.float()"
         )
     if input.dim() < 2:
@@ -57,6 +62,40 @@ def check_input(input: Tensor) -> None:
             "sync_batch_norm: number of input channels should be non-zero, got shape "
             f"{tuple(input.shape)}; channels are dimension 1"
         )
+    if input.dim() > MOST_DIMENSIONS:
+        raise ValueError(
+            f"sync_batch_norm: expected at most {MOST_DIMENSIONS} dimensions, as torch's sums, got "
+            f"{input.dim()}; join some, for example input.flatten(2)"
+        )
+    check_held({"input": input})
+
+
+def check_held(named: dict[str, Tensor | None], operation: str = "sync_batch_norm") -> None:
+    """Refuse tensors whose storage ends before their sizes and strides do: it was freed since."""
+    if torch.compiler.is_compiling():
+        return
+    for name, tensor in named.items():
+        if tensor is None:
+            continue
+        try:
+            held = tensor.untyped_storage().nbytes()
+        except NotImplementedError:  # a wrapper, as inside torch.func's transforms
+            continue
+        needed = tensor.storage_offset() * tensor.itemsize + tensor.nbytes
+        if not tensor.is_contiguous():
+            needed = _end(tensor) * tensor.itemsize
+        if held < needed and tensor.numel() > 0:
+            raise RuntimeError(
+                f"{operation}: expected {name} with its values in memory, got a storage of "
+                f"{held} bytes where it needs {needed}; it was freed or shrunk, as sharding and "
+                "offloading do: gather it or bring it back first"
+            )
+
+
+def _end(tensor: Tensor) -> int:
+    """The place after a tensor's last value, in its storage."""
+    pairs = zip(tensor.shape, tensor.stride(), strict=True)
+    return int(tensor.storage_offset()) + 1 + sum((size - 1) * stride for size, stride in pairs)
 
 
 def check_shape(name: str, shape: tuple[int, ...], input: Tensor) -> None:
@@ -73,23 +112,26 @@ def check_tensors(
     input: Tensor,
     running_mean: Tensor | None,
     running_var: Tensor | None,
+    num_batches_tracked: Tensor | None,
     weight: Tensor | None,
     bias: Tensor | None,
+    momentum: float | None,
 ) -> None:
     """Refuse tensors that aren't (C,), floating and on the device of input (N, C, *)."""
     check_input(input)
     shape, device = input.shape[1:2], input.device
-    for name, tensor in (
-        ("running_mean", running_mean),
-        ("running_var", running_var),
-        ("weight", weight),
-        ("bias", bias),
-    ):
+    named = {
+        "running_mean": running_mean,
+        "running_var": running_var,
+        "weight": weight,
+        "bias": bias,
+    }
+    for name, tensor in named.items():
         if tensor is not None and not (
             isinstance(tensor, Tensor)
             and tensor.shape == shape
             and tensor.device == device
-            and tensor.dtype.is_floating_point
+            and tensor.dtype in FLOATING
         ):
             _refuse(name, tensor, input)
     if (running_mean is None) != (running_var is None):
@@ -97,20 +139,50 @@ def check_tensors(
             "sync_batch_norm: expected running_mean and running_var both or neither, got only "
             f"running_{'var' if running_mean is None else 'mean'}"
         )
+    check_held(named)
+    if num_batches_tracked is not None:
+        _check_counter(num_batches_tracked, device, momentum is None)
 
 
 def _refuse(name: str, tensor: Any, input: Tensor) -> None:
-    if not isinstance(tensor, Tensor) or not tensor.dtype.is_floating_point:
+    if not isinstance(tensor, Tensor) or tensor.dtype not in FLOATING:
         got = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
         raise TypeError(
-            f"sync_batch_norm: expected {name} to be a floating-point tensor, got {got}; "
-            "use the input's dtype or torch.float32"
+            f"sync_batch_norm: expected {name} to be a floating-point tensor, {FLOATING_WORDS}, "
+            f"got {got}; use the input's dtype or torch.float32"
         )
     check_shape(name, tensor.shape, input)
     raise ValueError(
         f"sync_batch_norm: expected {name} on the input's device {input.device}, got "
         f"{tensor.device}; move one of them with .to()"
     )
+
+
+def _check_counter(counter: Any, device: torch.device, cumulative: bool) -> None:
+    """Refuse what cannot count batches; ``cumulative``: where the count is a divisor, too."""
+    if not isinstance(counter, Tensor) or counter.dtype not in FLOATING | COUNTING:
+        got = counter.dtype if isinstance(counter, Tensor) else type(counter).__name__
+        raise TypeError(
+            "sync_batch_norm: expected num_batches_tracked as a tensor of int64, int32, int16, "
+            f"int8 or uint8, or {FLOATING_WORDS}, got {got}; torch.tensor(0) is usual"
+        )
+    if counter.numel() != 1 or counter.device != device:
+        raise ValueError(
+            f"sync_batch_norm: expected num_batches_tracked as one number on the input's device "
+            f"{device}, got shape {tuple(counter.shape)} on {counter.device}; torch.tensor(0) is "
+            "usual"
+        )
+    check_held({"num_batches_tracked": counter})
+    # Asking an accelerator means waiting for it: only of counters that soon come to their end.
+    readable = counter.is_cpu or (counter.dtype != torch.int64 and not counter.is_meta)
+    if not cumulative or not readable or torch.compiler.is_compiling():
+        return
+    if not float(counter + 1) > 0:
+        raise ValueError(
+            "sync_batch_norm: expected num_batches_tracked that counts on to more than 0, as "
+            f"momentum=None divides by it, got {counter.item()} of {counter.dtype}; "
+            "torch.tensor(0) starts anew"
+        )
 
 
 def check_timeout(operation: str, timeout: float) -> None:

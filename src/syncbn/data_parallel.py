@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from functools import partial
 from itertools import chain
 from typing import Any, TypeVar
 
@@ -12,6 +13,7 @@ import torch.nn as nn
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
+from .checks import check_held
 from .comm import Crew, Replica, refused_group, resolve
 from .modules import SyncBatchNorm
 from .scatter import gather, scatter
@@ -179,15 +181,12 @@ def _run(
                 layer.process_group = Replica(crew, rank, f"layer {name!r}" if name else "module")
     places = [_place(device) for device in devices]
 
-    def forward(rank: int) -> Callable[[], Any]:
-        def run() -> Any:
-            with places[rank]():
-                args, keywords = shares[rank]
-                return replicas[rank](*args, **keywords)
+    def forward(rank: int) -> Any:
+        with places[rank]():
+            args, keywords = shares[rank]
+            return replicas[rank](*args, **keywords)
 
-        return run
-
-    return crew.run([forward(rank) for rank in range(len(devices))])
+    return crew.run([partial(forward, rank) for rank in range(len(devices))])
 
 
 def _place(device: torch.device) -> Callable[[], ExitStack]:
@@ -244,6 +243,7 @@ def _replica(module: ModuleT, device: torch.device, first: bool) -> ModuleT:
                 setattr(replica, name, moved.setdefault(id(parameter), parameter.to(device)))
         for name, buffer in original._buffers.items():
             if buffer is not None:
+                check_held({name: buffer}, "DataParallel")
                 copy = buffer.to(device, copy=not first)
                 setattr(replica, name, moved.setdefault(id(buffer), copy))
     found: ModuleT = copies[module]

@@ -49,11 +49,17 @@ def sync_batch_norm(
     a group of more than one rank, with ``training=False``, while tracing or exporting and on the
     meta device this is :func:`torch.nn.functional.batch_norm` and nothing is communicated.
 
+    ``input`` and each of the four (C,) tensors may be of float16, bfloat16, float32 or float64, in
+    any mixture. Per-channel numbers are computed in float64, elements in float32, or in float64 for
+    float64 input. Output and gradients have the dtype of what they belong to; running statistics
+    keep theirs.
+
     Args:
-        input: (N, C, *), any floating dtype and strides; N may be 0 and may differ between ranks.
-        running_mean, running_var: (C,) or None, of any floating dtype. In training they move in
-            place by ``momentum`` towards the mean and the *unbiased* variance of the whole batch.
-        weight, bias: (C,) or None, of ``input``'s dtype or float32.
+        input: (N, C, *) of any strides; N may be 0 and may differ between ranks.
+        running_mean, running_var: (C,) or None. In training they become, in place,
+            ``(1 − momentum)·old + momentum·new``, where new are the mean and the *unbiased*
+            variance of the whole batch.
+        weight, bias: (C,) or None.
         training: normalise with the batch's statistics (True) or the running ones (False).
         momentum: in [0, 1], the weight of this batch in the running statistics.
         eps: > 0, added to the variance.
@@ -73,11 +79,12 @@ def sync_batch_norm(
         A tensor of ``input``'s shape, dtype and memory format.
 
     Raises:
-        TypeError: an ``input`` that is no floating tensor, or a ``group`` of another type.
-        ValueError: fewer than two dimensions, no channels, sizes or devices that don't match,
-            ``momentum`` or ``eps`` out of range, a group without this rank; on every rank alike, a
-            single value per channel over all ranks.
-        RuntimeError: training inside DistributedDataParallel's ``join()``.
+        TypeError: tensors of other dtypes, or none, or a ``group`` of another type.
+        ValueError: fewer than two dimensions or more than 64, no channels, sizes or devices that
+            don't match, ``momentum`` or ``eps`` out of range, a group without this rank; on every
+            rank alike, a single value per channel over all ranks.
+        RuntimeError: a tensor whose storage was freed, here or in backward; training inside
+            DistributedDataParallel's ``join()``.
 
     Source: Ioffe & Szegedy 2015, https://arxiv.org/abs/1502.03167;
     https://docs.pytorch.org/docs/stable/generated/torch.nn.SyncBatchNorm.html
@@ -156,19 +163,23 @@ def _whole(
     alone = comm.size == 1 and (silent or not reproducible)
     if not tracing:  # a trace would record the checks, with warnings
         check_options(0.0 if momentum is None else momentum, eps)
+        given = (running_mean, running_var, num_batches_tracked, weight, bias, momentum)
         serves = training and alone and not compiling  # which fuses torch's own operator
-        if serves and local.serves(input, running_mean, running_var, weight, bias):
+        if serves and local.serves(input, *given[:-1]):
             try:
                 return local.batch_norm(
                     *(input, weight, bias, running_mean, running_var, num_batches_tracked),
                     *(momentum, eps),
                 )
             except RuntimeError:  # the operator checks in no time; the words follow here
-                check_tensors(input, running_mean, running_var, weight, bias)
+                check_tensors(input, *given)
                 raise
-        check_tensors(input, running_mean, running_var, weight, bias)
-    mixed = running_mean is not None and _mixed(running_mean.dtype, input, weight)
-    if training and not silent and compiling:
+        check_tensors(input, *given)
+    mixed = _mixed(input, running_mean, running_var, weight, bias)
+    if training and not compiling:
+        # A view that reads with the opposite sign: torch's operator would move a copy.
+        mixed = mixed or any(t is not None and t.is_neg() for t in (running_mean, running_var))
+    elif training and not silent:
         # torch's operator wants numbers that a graph does not have: a momentum, how many values.
         counting = momentum is None and num_batches_tracked is not None
         mixed = mixed or counting or lengths is not None
@@ -192,17 +203,21 @@ def _whole(
             for tensor in (running_mean, running_var, weight, bias)
         )
     if momentum is None:
-        momentum = 0.0 if num_batches_tracked is None else 1 / (float(num_batches_tracked) + 1)
+        momentum = 0.0 if num_batches_tracked is None else 1 / float(num_batches_tracked + 1)
     y = F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
     if num_batches_tracked is not None:
         num_batches_tracked.add_(1)
     return y
 
 
-def _mixed(statistics: torch.dtype, input: Tensor, weight: Tensor | None) -> bool:
-    """Whether running statistics are of a dtype that our kernels take and torch's refuse."""
-    if weight is not None:
-        return statistics != weight.dtype
-    return statistics != input.dtype and (
-        statistics != torch.float32 or input.dtype == torch.float64
-    )
+def _mixed(input: Tensor, *tensors: Tensor | None) -> bool:
+    """Whether torch's operator refuses this mixture of dtypes, which our kernels take."""
+    common = None
+    for tensor in tensors:
+        if tensor is not None:
+            if common is not None and tensor.dtype != common:
+                return True
+            common = tensor.dtype
+    if common is None or common == input.dtype:
+        return False
+    return common != torch.float32 or input.dtype == torch.float64

@@ -11,10 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .checks import check_held
 from .comm import Replica
 from .kernels import Kernels, composite, serving
 from .moments import merge, unpack
 from .recomputation import recomputing
+from .share import parameter_gradients
 
 
 def together(
@@ -75,7 +77,7 @@ class _Joint(torch.autograd.Function):
             statistics += found
         ctx.save_for_backward(*xs, *weights, *statistics)
         ctx.eps = options[1]
-        ctx.bias_dtypes = [None if bias is None else bias.dtype for bias in biases]
+        ctx.biases = biases  # for their dtypes
         return tuple(ys)
 
     @staticmethod
@@ -83,6 +85,10 @@ class _Joint(torch.autograd.Function):
         size = len(dys)
         saved = ctx.saved_tensors
         xs, weights, statistics = saved[:size], saved[size : 2 * size], saved[2 * size :]
+        for dy, x, weight in zip(dys, xs, weights, strict=True):
+            check_held({"the output's gradient": dy, "input": x, "weight": weight})
+        for statistic in statistics:
+            check_held({"statistics": statistic})
         kernels = [serving(x) for x in xs]
         triples = [statistics[3 * i : 3 * i + 3] for i in range(size)]
         if torch.is_grad_enabled():  # create_graph: in operations that can be differentiated again
@@ -93,10 +99,10 @@ class _Joint(torch.autograd.Function):
         sums = [k.gradient_sums(dy, x, mean, invstd) for k, dy, x, _, (mean, invstd, _) in every]
         for i, share in enumerate(every):
             wants_x, wants_weight, wants_bias = ctx.needs_input_grad[1 + 3 * i : 4 + 3 * i]
+            wanted = (weights[i] if wants_weight else None, ctx.biases[i] if wants_bias else None)
             gradients += (
                 _input_gradient(*share, _stacked(sums, xs[i]).sum(0)) if wants_x else None,
-                sums[i][1].to(weights[i].dtype) if wants_weight else None,
-                sums[i][0].to(ctx.bias_dtypes[i]) if wants_bias else None,
+                *parameter_gradients(sums[i], *wanted),
             )
         return None, *gradients
 

@@ -10,24 +10,29 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from .checks import check_held
 from .comm import LOCAL
 from .differentiable import differentiable_gradients
 from .kernels import native, native_serves
+from .share import parameter_gradients
 
 
 def serves(
     x: Tensor, running_mean: Tensor | None, running_var: Tensor | None, *others: Tensor | None
 ) -> bool:
-    """Whether :func:`batch_norm` takes x, with statistics and parameters ``others``.
+    """Whether :func:`batch_norm` takes x, with statistics, their counter and parameters.
 
     One running statistic without the other and a single value per channel are left to those who
     have an error for them; so are torch.func and forward-mode derivatives.
     """
     if (running_mean is None) != (running_var is None):
         return False
-    for other in (running_mean, running_var, *others):  # a loop takes half the time of all()
-        if other is not None and not other.is_cpu:
-            return False
+    try:
+        for other in (running_mean, running_var, *others):  # a loop takes half the time of all()
+            if other is not None and not other.is_cpu:
+                return False
+    except AttributeError:  # no tensor
+        return False
     return (
         native_serves(x)
         and x.dim() > 1
@@ -66,6 +71,7 @@ class _BatchNorm(torch.autograd.Function):
     ) -> Tensor:
         y, statistics = native.batch_norm(x, weight, bias, *rest)
         ctx.save_for_backward(x, weight)
+        ctx.bias = bias  # for its dtype
         ctx.statistics = statistics  # made here, of nobody else's: need not be guarded by autograd
         ctx.eps = rest[-1]
         return y
@@ -76,12 +82,15 @@ class _BatchNorm(torch.autograd.Function):
         wants_x, wants_weight, wants_bias, _ = ctx.needs_input_grad
         dx = None
         if torch.is_grad_enabled():  # create_graph
-            dx, (dbias, dweight) = differentiable_gradients(dy, x, weight, ctx.eps, LOCAL)
+            check_held({"the output's gradient": dy, "input": x, "weight": weight})
+            dx, sums = differentiable_gradients(dy, x, weight, ctx.eps, LOCAL)
         elif wants_x:
-            dx, dweight, dbias = native.batch_norm_backward(dy, x, weight, ctx.statistics)
+            dx, dweight, dbias = native.batch_norm_backward(dy, x, weight, ctx.bias, ctx.statistics)
+            return dx, dweight if wants_weight else None, dbias if wants_bias else None, None
         else:
-            dbias, dweight = native.gradient_sums(dy, x, *ctx.statistics.unbind()).unbind()
-        return dx, dweight if wants_weight else None, dbias if wants_bias else None, None
+            sums = native.gradient_sums(dy, x, *ctx.statistics.unbind())
+        wanted = (weight if wants_weight else None, ctx.bias if wants_bias else None)
+        return dx, *parameter_gradients(sums, *wanted), None
 
 
 # Function.apply looks first for torch.func, which serves() excludes: half a microsecond.

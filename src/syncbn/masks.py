@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .checks import check_held
+
 
 def mask_from_lengths(lengths: Tensor, size: int | None = None) -> Tensor:
     """The mask of padded sequences: True where a position is within its sequence.
@@ -34,6 +36,7 @@ def mask_from_lengths(lengths: Tensor, size: int | None = None) -> Tensor:
         raise ValueError(
             f"mask_from_lengths: expected lengths of shape (N,), got {tuple(lengths.shape)}"
         )
+    check_held({"lengths": lengths})
     longest = int(lengths.max()) if len(lengths) else 0
     size = longest if size is None else size
     if longest > size or (len(lengths) and int(lengths.min()) < 0):
@@ -67,6 +70,7 @@ def check_mask(mask: Tensor, input: Tensor) -> None:
             f"sync_batch_norm: expected mask on the input's device {input.device}, got "
             f"{mask.device}; move one of them with .to()"
         )
+    check_held({"mask": mask})
 
 
 def given_mask(givers: tuple[tuple[list[str], Any], ...], input: Tensor) -> Tensor | None:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .checks import check_held
 from .nested import indivisible, leaves, mapped, parts, rebuilt, tensors
 
 _PLAIN = (bool, int, float, complex, str, bytes)
@@ -31,6 +32,8 @@ def scatter(obj: Any, devices: Sequence[torch.device], dim: int = 0) -> list[Any
                 f"DataParallel: expected batches of tensors that can be split, got a {form}; give "
                 "it padded or dense tensors, and make others of them in the module's forward"
             )
+        if isinstance(value, Tensor):
+            check_held({"a tensor of the batch": value}, "DataParallel")
     sizes = [tensor.shape[dim] for tensor in tensors(obj)]
     shares = max(1, min([len(devices), *sizes]))
 

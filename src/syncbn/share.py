@@ -83,3 +83,17 @@ class ReproducibleShare(Share):
         mine = self.kernels.gradient_sums_samples(samples_apart(dy), x, mean, invstd, self.lengths)
         local = self.kernels.total_samples(mine.unsqueeze(0))
         return local, self.kernels.total_samples(self.comm.all_gather(mine))
+
+
+def parameter_gradients(
+    sums: Tensor, weight: Tensor | None, bias: Tensor | None
+) -> tuple[Tensor | None, Tensor | None]:
+    """(dweight, dbias), each of its parameter's dtype and in memory of its own; None for None.
+
+    sums: (Σdy, Σdy·x̂) per channel (2, C) of a rank's own samples.
+    """
+    dbias, dweight = (
+        None if parameter is None else row.to(parameter.dtype, copy=True)
+        for row, parameter in zip(sums, (bias, weight), strict=True)
+    )
+    return dweight, dbias

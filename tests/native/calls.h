@@ -56,7 +56,7 @@ Problem make_problem(const Loopset& set, std::vector<Array*> arrays, Array* dy, 
 }
 
 Parameter parameter(bool given, Array& a) {
-  return given ? Parameter{a.data(), a.dtype, a.strides[0]} : Parameter{};
+  return given ? Parameter{true, a.data(), a.dtype, a.strides[0]} : Parameter{};
 }
 
 struct Followed {
@@ -66,7 +66,8 @@ struct Followed {
   explicit Followed(const Case& c)
       : mean(c.mean), var(c.var), weight(c.weight), bias(c.bias), batches(c.batches) {}
   Running running(const Case& c) {
-    return {parameter(c.has_running, mean), parameter(c.has_running, var), &batches, c.cumulative, c.momentum};
+    const Counter counter{true, &batches, count_on<int64_t>};
+    return {parameter(c.has_running, mean), parameter(c.has_running, var), counter, c.cumulative, c.momentum};
   }
   Affine affine(const Case& c) { return {parameter(c.has_weight, weight), parameter(c.has_bias, bias)}; }
 };

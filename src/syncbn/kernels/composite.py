@@ -70,9 +70,10 @@ def normalise(
     """y = (x − mean)·invstd·weight + bias with the moments of all sets together.
 
     x: (N, C, *); sets: (k, 1 + 2C) packed moments of k sets, x among them. The running statistics,
-    where given, move by ``momentum`` (None: 1 / num_batches_tracked) towards the mean and the
-    unbiased variance; without a single value in any set they stay. num_batches_tracked counts this
-    batch. Returns y like x, and per channel mean and invstd (C,) and count ().
+    where given, become (1 − momentum)·old + momentum·new (None: 1 / num_batches_tracked), where new
+    are the mean and the unbiased variance; without a single value in any set they stay.
+    num_batches_tracked counts this batch, in its own dtype. Returns y like x, and per channel mean
+    and invstd (C,) and count ().
     """
     count, mean, m2 = merge(unpack(sets))
     invstd = (m2 / count.clamp_min(1) + eps).rsqrt()
@@ -84,8 +85,9 @@ def normalise(
         else:
             rate = momentum
         step = rate * (count > 0).to(count.dtype)
-        _move(running_mean, mean, step)
-        _move(running_var, m2 / (count - 1).clamp_min(1), step)
+        if momentum != 0:  # 0·∞ would be no number
+            _move(running_mean, mean, step)
+            _move(running_var, m2 / (count - 1).clamp_min(1), step)
     values = _arithmetic(x)
     shift = mean.to(values.dtype)
     scale = invstd if weight is None else invstd * weight.to(invstd.dtype)
@@ -201,5 +203,4 @@ def _per_channel(values: Tensor, x: Tensor) -> Tensor:
 
 def _move(running: Tensor | None, target: Tensor, step: Tensor) -> None:
     if running is not None:
-        wide = running.to(target.dtype)
-        running.copy_(wide + step * (target - wide))
+        running.copy_((1 - step) * running.to(target.dtype) + step * target)

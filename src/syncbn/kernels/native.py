@@ -151,10 +151,15 @@ def batch_norm(
 
 
 def batch_norm_backward(
-    dy: Tensor, x: Tensor, weight: Tensor | None, saved: Tensor
+    dy: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, saved: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """gradient_sums and input_gradient in one, for one set: (dx, dweight, dbias)."""
-    result: tuple[Tensor, Tensor, Tensor] = _ops.batch_norm_backward.default(dy, x, weight, saved)
+    """gradient_sums and input_gradient in one, for one set: (dx, dweight, dbias).
+
+    Of bias only the dtype counts, which is dbias's.
+    """
+    result: tuple[Tensor, Tensor, Tensor] = _ops.batch_norm_backward.default(
+        dy, x, weight, bias, saved
+    )
     return result
 
 
@@ -173,6 +178,25 @@ def _leave_autograd_out() -> None:
     for operator in operators:
         name, stop = operator.__name__, torch.library.fallthrough_kernel
         library.impl(name, stop, "Autograd")  # type: ignore[no-untyped-call]
+    for moving in (_ops.normalise, _ops.batch_norm):
+        library.impl(moving.default, _resolving(moving.default), "Negative")  # type: ignore[no-untyped-call]
+
+
+def _resolving(operator: Any) -> Callable[..., Any]:
+    """The operator for tensors of which some are views that read with the opposite sign.
+
+    torch would copy such arguments, and find no way back into running statistics.
+    """
+
+    def resolved(*arguments: Any) -> Any:
+        plain = [a.resolve_neg() if isinstance(a, Tensor) else a for a in arguments]
+        result = operator(*plain)
+        for old, new in zip(arguments[-5:-2], plain[-5:-2], strict=True):  # what moves
+            if new is not old:
+                old.copy_(new)
+        return result
+
+    return resolved
 
 
 def _register_shapes() -> None:
@@ -185,10 +209,9 @@ def _register_shapes() -> None:
         channels = x.shape[1]
         return torch.empty_like(x), wide(x, channels), wide(x, channels), wide(x)
 
-    def gradients(dy: Tensor, x: Tensor, weight: Tensor | None, *_: Tensor) -> tuple[Tensor, ...]:
-        dtype = torch.float32 if weight is None else weight.dtype
-        per_channel = [x.new_empty(x.shape[1], dtype=dtype) for _ in range(2)]
-        return torch.empty_like(x), *per_channel
+    def gradients(dy: Tensor, x: Tensor, *parameters: Tensor | None) -> tuple[Tensor, ...]:
+        dtypes = [torch.float32 if p is None else p.dtype for p in parameters[:2]]
+        return torch.empty_like(x), *(x.new_empty(x.shape[1], dtype=dtype) for dtype in dtypes)
 
     shapes: dict[str, Callable[..., Any]] = {
         "measure": lambda x: wide(x, 1 + 2 * x.shape[1]),
