@@ -5,7 +5,7 @@ READY := .venv/.ready
 
 WHEEL := build/wheel
 
-.PHONY: setup demo test test-all test-composite test-native test-wheel lint format bench-toy clean
+.PHONY: setup demo test test-all test-composite test-native test-compilers test-aarch64 test-wheel lint format bench-toy clean
 
 setup: $(READY)
 
@@ -61,6 +61,13 @@ $(NATIVE)/test_%: tests/native/test_%.cpp $(wildcard tests/native/*.h) $(wildcar
 test-native: $(NATIVE)/test_loops $(NATIVE)/test_samples
 	$(NATIVE)/test_loops
 	$(NATIVE)/test_samples
+
+# With every compiler that is here, and for AArch64 in an emulator.
+test-compilers: $(READY)
+	$(BIN)/python tests/native/compilers.py
+
+test-aarch64: $(READY)
+	$(BIN)/python tests/native/compilers.py aarch64-linux-gnu-g++
 
 # The wheel as users get it, in an environment of its own.
 test-wheel: $(READY)

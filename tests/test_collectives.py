@@ -6,9 +6,12 @@ import oracle
 import pytest
 import torch
 import torch.distributed as dist
+from in_threads import in_threads
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import syncbn
+from syncbn import kernels
 from syncbn.comm import Communicator, resolve
 
 
@@ -195,3 +198,31 @@ def test_under_ddp_on_the_cpu(ranks, broadcast):
         return recorder.calls, dist.get_world_size()
 
     assert ranks(2, run) == [(STEP * 2, 2)] * 2
+
+
+class Waits(TorchDispatchMode):
+    """Counts the reads of a number from a tensor, for which an accelerator's queue must drain."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("chosen", ["native", "composite"])
+@pytest.mark.parametrize("reproducible", [False, True], ids=["", "reproducible"])
+def test_no_step_waits_for_a_number(chosen, reproducible, monkeypatch):
+    """With more than one value per channel; a rank with one looks whether there are others."""
+    if chosen == "native" and not kernels.native.available():
+        pytest.skip("needs the compiled operators")
+    monkeypatch.setattr(kernels, "_choice", chosen)
+
+    def step(comm):
+        layer = syncbn.SyncBatchNorm(3, process_group=comm, reproducible=reproducible)
+        x = torch.randn(1 if comm.rank == 0 else 4, 3, 1, requires_grad=True)
+        with Waits() as waits:
+            layer(x).sum().backward()
+        return waits.count
+
+    assert in_threads(3, step) == [1, 0, 0]

@@ -101,6 +101,25 @@ def test_many_samples_of_few_values(implementation, shape, layout, offset):
     oracle.assert_close(y, oracle.batch_norm(x, x).y)
 
 
+@pytest.mark.parametrize("shape", [(40000, 2), (40000, 2, 1), (20000, 2, 2, 2)], ids=str)
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_sums_over_the_batch_are_wide(implementation, shape, layout):
+    """Of whole numbers, whose sums are exact in float64 and round in float32."""
+    if layout == "channels_last" and len(shape) != 4:
+        pytest.skip("images only")
+    half = torch.randint(-500, 500, shape).float()
+    x = laid_out(torch.cat((half, -half)), layout)
+    dy = laid_out(torch.randint(0, 4096, x.shape).float(), layout)
+    _, mean, m2 = unpack(implementation.measure(x))
+    sums = implementation.gradient_sums(dy, x, mean, torch.ones_like(mean))
+    room = 1e-14 if implementation is composite else 1e-6
+    exact = {"rtol": room, "atol": 0}
+    others = (0, *range(2, x.dim()))
+    torch.testing.assert_close(mean, torch.zeros_like(mean), rtol=0, atol=room * 300)
+    torch.testing.assert_close(m2, x.double().square().sum(others), **exact)
+    torch.testing.assert_close(sums[0], dy.double().sum(others), **exact)
+
+
 @pytest.mark.parametrize("constant", [0.0, 0.1, 1e6, -7.3])
 def test_a_constant_channel_has_no_variance(implementation, constant):
     x = torch.full((5, 2, 7, 3), constant)
