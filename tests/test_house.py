@@ -14,7 +14,7 @@ CSRC = Path(__file__).parents[1] / "csrc"
 # From the ground up. A room imports from rooms on floors below its own, never from its own floor.
 FLOORS = (
     {"_version", "checks", "graphs", "moments", "names", "nested", "recomputation"},
-    {"empty", "masks", "reproducible", "scatter", "transfer"},
+    {"empty", "masks", "reproducible", "scatter", "tracking", "transfer"},
     {"comm", "kernels"},
     {"differentiable", "share"},
     {"autograd", "joint", "local", "uneven"},

@@ -30,6 +30,7 @@ def convert(
     group_size: int | None = None,
     where: Callable[[str, nn.Module], bool] | None = None,
     reproducible: bool | None = None,
+    skip_nonfinite: bool | None = None,
 ) -> ModuleT:
     """Turn every torch BatchNorm1d/2d/3d, its Lazy form and torch.nn.SyncBatchNorm into syncbn's.
 
@@ -52,7 +53,7 @@ def convert(
             this call: the first with its k makes the groups, later ones share them.
         where: called with each layer's qualified name and the layer; False leaves it alone. A
             layer that is shared has several names and converts if where says so for one of them.
-        reproducible: as for :class:`SyncBatchNorm`; None leaves layers as they are.
+        reproducible, skip_nonfinite: as for :class:`SyncBatchNorm`; None leaves layers as they are.
 
     Returns:
         ``module`` itself.
@@ -78,6 +79,7 @@ def convert(
         *(module, process_group, where),
         group_size=group_size,
         reproducible=reproducible,
+        skip_nonfinite=skip_nonfinite,
         stacklevel=3,
     )
 
@@ -89,6 +91,7 @@ def convert_layers(
     *,
     group_size: int | None = None,
     reproducible: bool | None = None,
+    skip_nonfinite: bool | None = None,
     stacklevel: int,
 ) -> ModuleT:
     """:func:`convert`, with warnings for the caller ``stacklevel`` frames above."""
@@ -124,6 +127,8 @@ def convert_layers(
             layer.process_group = process_group
         if reproducible is not None:
             layer.reproducible = reproducible
+        if skip_nonfinite is not None:
+            layer.skip_nonfinite = skip_nonfinite
     _convert_wrappers(module)
     if compiled:
         warnings.warn(
@@ -176,6 +181,7 @@ def revert(module: ModuleT) -> ModuleT:
             _narrow_statistics(layer)
         lazy = isinstance(layer, LazyModuleMixin)
         source = origin.source if lazy else _materialised(origin.source)
+        layer.skip_nonfinite = False
         for attribute in ("_origin", "process_group", "reproducible", "_mask_givers"):
             vars(layer).pop(attribute, None)
         if issubclass(source, nn.SyncBatchNorm):

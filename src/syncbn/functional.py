@@ -20,8 +20,8 @@ from .comm import LOCAL, Replica, refuse_join, resolve
 from .joint import together
 from .kernels import serving
 from .masks import blank, check_mask, pack, unpack
-from .recomputation import moving, settle
 from .share import ReproducibleShare, Share, samples_apart
+from .tracking import begin_update
 
 
 def sync_batch_norm(
@@ -115,19 +115,25 @@ def batch_norm(
     group: Any,
     mask: Tensor | None = None,
     reproducible: bool = False,
+    num_batches_skipped: Tensor | None = None,
 ) -> Tensor:
-    """:func:`sync_batch_norm` for layers: counts batches, over which momentum None averages."""
-    statistics = (running_mean, running_var, num_batches_tracked)
-    moved = statistics
+    """:func:`sync_batch_norm` for layers: counts batches, over which momentum None averages.
+
+    num_batches_skipped: where given, counts those whose statistics are not finite and move nothing.
+    """
+    moved = (running_mean, running_var, num_batches_tracked)
+    conclude = None
     if training:
-        moved, momentum = moving(statistics, momentum)
+        if num_batches_skipped is not None:  # others stand in for these until the batch is known
+            check_tensors(input, *moved, weight, bias, momentum)
+        moved, momentum, conclude = begin_update(moved, momentum, num_batches_skipped)
     rest: tuple[Any, ...] = (*moved, weight, bias, training, momentum, eps, group, reproducible)
     if mask is None:
         y = _whole(input, None, *rest)
     else:
         y = _where_it_counts(input, mask, training, *rest)
-    if training:
-        settle(statistics, moved)
+    if conclude is not None:
+        conclude()
     return y
 
 

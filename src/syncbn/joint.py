@@ -15,7 +15,6 @@ from .checks import check_held
 from .comm import Replica
 from .kernels import Kernels, composite, serving
 from .moments import merge, unpack
-from .recomputation import recomputing
 from .share import parameter_gradients
 
 
@@ -52,8 +51,6 @@ def _all(shares: list[tuple[Any, Any]]) -> Sequence[Tensor]:
             "use a larger batch or call eval() on the layer"
         )
     rest = shares[0][1]
-    if recomputing():  # which the replicas' own threads cannot tell
-        rest = (None, None, None, *rest[3:])
     with torch.enable_grad():  # each replica has said whether it wants a graph
         ys: Sequence[Tensor] = _Joint.apply(rest, *(t for tensors, _ in shares for t in tensors))  # type: ignore[no-untyped-call]
     return ys

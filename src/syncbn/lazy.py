@@ -36,9 +36,10 @@ class LazySyncBatchNorm(_LazyNormBase, SyncBatchNorm):
         bias: bool = True,
         reproducible: bool = False,
         statistics_dtype: Any = None,
+        skip_nonfinite: bool = False,
     ) -> None:
         super().__init__(eps, momentum, affine, track_running_stats, device=device, dtype=dtype)
-        self._take_options(process_group, bias, reproducible, statistics_dtype)
+        self._take_options(process_group, bias, reproducible, statistics_dtype, skip_nonfinite)
 
     def initialize_parameters(self, input: Tensor, mask: Tensor | None = None) -> None:
         check_input(input)

@@ -17,6 +17,8 @@ from .checks import check_input, check_options, check_shape, checked_dtype
 from .comm import LOCAL, Unplaced, default_group, resolve
 from .functional import batch_norm
 from .masks import given_mask
+from .recomputation import withhold
+from .tracking import skip_nonfinite, skips_nonfinite
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -43,6 +45,10 @@ class SyncBatchNorm(_BatchNorm):
         reproducible: in training, the same bits for every split of a batch over ranks.
         statistics_dtype: of running_mean and running_var, if another than ``dtype``. In
             torch.float64 small steps aren't rounded off. ``layer.to(dtype)`` changes it, too.
+        skip_nonfinite: a training batch whose mean or variance, over all ranks, is infinite or nan
+            in any channel moves neither running statistics nor num_batches_tracked, on any rank.
+            Its output and gradients are as without. The buffer num_batches_skipped () counts such
+            batches; state dicts leave it out.
 
     Shape:
         input: (N, C, *), N may be 0 on some ranks. mask, optional: (N, *), bool, True where a
@@ -62,6 +68,8 @@ class SyncBatchNorm(_BatchNorm):
     # On the class too: a converted or unpickled layer may have none of its own.
     process_group: Any = None
     reproducible: bool = False
+    skip_nonfinite = property(skips_nonfinite, skip_nonfinite)
+    _bn_momentum_patched = True  # pytorch-pfn-extras' checkpoint asks: one move is one move here
     _mask_givers: tuple[tuple[list[str], Any], ...] = ()  # masking()'s, from the outermost
     _shapes: str = "(N, C, *)"
     _dims: tuple[int, ...] = ()
@@ -80,15 +88,21 @@ class SyncBatchNorm(_BatchNorm):
         bias: bool = True,
         reproducible: bool = False,
         statistics_dtype: Any = None,
+        skip_nonfinite: bool = False,
     ) -> None:
         check_options(0.0 if momentum is None else momentum, eps)
         super().__init__(
             num_features, eps, momentum, affine, track_running_stats, device=device, dtype=dtype
         )
-        self._take_options(process_group, bias, reproducible, statistics_dtype)
+        self._take_options(process_group, bias, reproducible, statistics_dtype, skip_nonfinite)
 
     def _take_options(
-        self, process_group: Any, bias: bool, reproducible: bool, statistics_dtype: Any
+        self,
+        process_group: Any,
+        bias: bool,
+        reproducible: bool,
+        statistics_dtype: Any,
+        skip_nonfinite: bool,
     ) -> None:
         resolve(process_group)
         self.process_group = process_group
@@ -98,6 +112,7 @@ class SyncBatchNorm(_BatchNorm):
         for buffer in (self.running_mean, self.running_var):
             if buffer is not None and statistics_dtype is not None:
                 buffer.data = buffer.data.to(checked_dtype("statistics_dtype", statistics_dtype))
+        self.skip_nonfinite = skip_nonfinite
 
     def forward(self, input: Tensor, mask: Tensor | None = None) -> Tensor:
         self._check_input_dim(input)
@@ -113,11 +128,13 @@ class SyncBatchNorm(_BatchNorm):
             if self.track_running_stats:
                 counter = self.num_batches_tracked
             else:
+                if mean is not None:
+                    withhold(mean, self.num_batches_tracked)
                 mean = var = None
         return batch_norm(
             *(input, mean, var, counter, weight, bias, training),
             *(self.momentum, self.eps, self.process_group if self.training else LOCAL),
-            *(mask, self.reproducible),
+            *(mask, self.reproducible, self._buffers.get("num_batches_skipped")),
         )
 
     def _tensors(self) -> tuple[Tensor | None, ...]:
@@ -130,6 +147,12 @@ class SyncBatchNorm(_BatchNorm):
             )
         except KeyError:  # parametrised, or a replica's: an attribute of another kind
             return self.running_mean, self.running_var, self.weight, self.bias
+
+    def reset_running_stats(self) -> None:
+        super().reset_running_stats()
+        skipped = self._buffers.get("num_batches_skipped")
+        if skipped is not None:
+            skipped.zero_()
 
     def reset_parameters(self) -> None:
         self.reset_running_stats()

@@ -33,6 +33,11 @@ class Moments(NamedTuple):
         return torch.cat((self.count.unsqueeze(-1), self.mean, self.m2), dim=-1)
 
 
+def wide_dtype(device: torch.device) -> torch.dtype:
+    """The dtype of per-channel statistics: float64, or float32 where the device has no float64."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
 def unpack(packed: Tensor) -> Moments:
     """The views of a packed tensor (*, 1 + 2C), the inverse of :meth:`Moments.pack`."""
     channels = packed.shape[-1] // 2

@@ -1,51 +1,86 @@
-"""Activation checkpointing runs a forward again, inside backward: running statistics move once."""
+"""Activation checkpointing runs a forward again, inside backward: running statistics move once.
+
+In the first forward, unless that one is told not to track them, as fairscale's checkpoint_wrapper
+does because torch's own layers would move twice: then the second forward owes the move.
+"""
 
 from __future__ import annotations
 
+import threading
+from collections.abc import MutableMapping
+
 import torch
 from torch import Tensor
-
-Statistics = tuple[Tensor | None, Tensor | None, Tensor | None]
-
-
-def moving(statistics: Statistics, momentum: float | None) -> tuple[Statistics, float | None]:
-    """What a forward in training is to move, and by how much; then call :func:`settle`.
-
-    A second forward runs the same operations, as checkpointing demands, but moves by nothing. A
-    compiled graph that was traced in the first forward runs in the second, too. So it moves
-    copies, and asks whenever it runs whether to keep them.
-    """
-    if torch.compiler.is_compiling():
-        if torch.compiler.is_exporting():
-            return statistics, momentum
-        mean, var, batches = (None if t is None else t.detach().clone() for t in statistics)
-        return (mean, var, batches), momentum
-    if recomputing():
-        mean, var, _ = statistics
-        return (mean, var, None), 0.0
-    return statistics, momentum
+from torch.utils.weak import WeakTensorKeyDictionary
 
 
-def settle(statistics: Statistics, moved: Statistics) -> None:
-    """Give ``statistics`` the values of ``moved``, unless those are of a second forward."""
-    if not torch.compiler.is_compiling() or torch.compiler.is_exporting():
-        return
-    for old, new in zip(statistics, moved, strict=True):
-        if old is not None and new is not None:
-            old.copy_(torch.where(_first_forward(old.device), new, old))
+class _Thread(threading.local):
+    recomputing = False
+
+
+_thread = _Thread()
+# running_mean → how many second forwards are to move it
+_owed: MutableMapping[Tensor, int] = WeakTensorKeyDictionary()
+_entries: dict[object, int] = _owed.data  # type: ignore[attr-defined]  # tells sooner if there are any
 
 
 def recomputing() -> bool:
     """Whether backward is running: a forward inside it is a second one."""
-    return torch._C._current_graph_task_id() != -1
+    return torch._C._current_graph_task_id() != -1 or _thread.recomputing
 
 
-@torch.library.custom_op("syncbn::first_forward", mutates_args=())
-def _first_forward(device: torch.device) -> Tensor:
-    """A bool (). As an operator it is asked when a graph runs, not when it is traced."""
-    return torch.full((), not recomputing(), device=device)
+def recompute_here(again: bool) -> None:
+    """Tell a thread that works for another one whether that one is :func:`recomputing`."""
+    _thread.recomputing = again
 
 
-@_first_forward.register_fake
-def _(device: torch.device) -> Tensor:
-    return torch.empty((), dtype=torch.bool, device=device)
+def moves(running_mean: Tensor | None) -> bool:
+    """Whether a forward that is told to track moves the statistics. To be asked once by each."""
+    if not recomputing():
+        if _entries and running_mean is not None and _in_checkpoint():
+            _owed.pop(running_mean, None)  # or this one's second forward would be taken for theirs
+        return True
+    if running_mean is None or running_mean not in _owed:
+        return False
+    _owed[running_mean] -= 1
+    if not _owed[running_mean]:
+        del _owed[running_mean]
+    return True
+
+
+def withhold(running_mean: Tensor, num_batches_tracked: Tensor | None) -> None:
+    """Note that a forward in training is told not to track these statistics."""
+    if torch.compiler.is_compiling():
+        exporting = torch.compiler.is_exporting()
+        if num_batches_tracked is not None and not (exporting or torch.is_grad_enabled()):
+            _withhold_in_graph(running_mean, num_batches_tracked)
+    elif not recomputing() and _in_checkpoint():
+        _owed[running_mean] = _owed.get(running_mean, 0) + 1
+
+
+def _in_checkpoint() -> bool:
+    """Whether this may be a checkpoint's first forward: nothing is saved, or hooks save it."""
+    hooked: bool = torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+    return hooked or not torch.is_grad_enabled()
+
+
+@torch.library.custom_op("syncbn::moves", mutates_args=())
+def moves_in_graph(running_mean: Tensor, saves: bool) -> Tensor:
+    """:func:`moves` as a bool (), asked when a graph runs, not when it is traced.
+
+    saves: whether gradients were enabled when it was traced; while it runs they may not be.
+    """
+    with torch.set_grad_enabled(saves):
+        return torch.full((), moves(running_mean), device=running_mean.device)
+
+
+@moves_in_graph.register_fake
+def _(running_mean: Tensor, saves: bool) -> Tensor:
+    return torch.empty((), dtype=torch.bool, device=running_mean.device)
+
+
+# A graph leaves out an operator that changes nothing: this one says that it changes the counter.
+@torch.library.custom_op("syncbn::withhold", mutates_args=("num_batches_tracked",))
+def _withhold_in_graph(running_mean: Tensor, num_batches_tracked: Tensor) -> None:
+    with torch.no_grad():  # as when it was traced
+        withhold(running_mean, None)

@@ -11,7 +11,7 @@ import syncbn
 
 every_class = pytest.mark.parametrize(("torchs", "ours"), {**CLASSES, **LAZY}.items())
 FACTORY = {"device", "dtype", "process_group"}
-OURS = {"reproducible", "statistics_dtype"}  # keyword-only
+OURS = {"reproducible", "skip_nonfinite", "statistics_dtype"}  # keyword-only
 
 
 def arguments(cls):

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch._utils import ExceptionWrapper
 
+from ..recomputation import recompute_here, recomputing
 from .base import Communicator
 
 T = TypeVar("T")
@@ -38,6 +39,7 @@ class Crew:
         self.names = names
         self._in_turns = in_turns
         self._backward_may = torch.is_grad_enabled()  # come: a checkpoint turns it off in replicas
+        self._recomputing = recomputing()
         self._running = 0
         self._events: SimpleQueue[tuple[int, Any]] = SimpleQueue()
         self._answers: list[SimpleQueue[Any]] = [SimpleQueue() for _ in names]
@@ -91,6 +93,7 @@ class Crew:
 
     def _serve(self, rank: int, function: Callable[[], Any]) -> None:
         _thread.crew, _thread.replica = self, Replica(self, rank)
+        recompute_here(self._recomputing)
         try:
             self._results[rank] = function()
         except _Ended:

@@ -31,14 +31,9 @@ import torch
 from torch import Tensor
 
 from .. import reproducible
-from ..moments import Moments, merge, unpack
+from ..moments import Moments, merge, unpack, wide_dtype
 
 NAME = "composite"
-
-
-def wide_dtype(device: torch.device) -> torch.dtype:
-    """The dtype of per-channel statistics: float64, or float32 where the device has no float64."""
-    return torch.float32 if device.type == "mps" else torch.float64
 
 
 def measure(x: Tensor) -> Tensor:

@@ -1,0 +1,114 @@
+"""What a forward in training moves: the running statistics and the counters of batches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+
+from .moments import wide_dtype
+from .recomputation import moves, moves_in_graph
+
+Statistics = tuple[Tensor | None, Tensor | None, Tensor | None]
+Batch = tuple[Tensor, Tensor, Tensor]
+
+
+def begin_update(
+    statistics: Statistics, momentum: float | None, skipped: Tensor | None = None
+) -> tuple[Statistics, float | None, Callable[[], None] | None]:
+    """What the kernels are to move, and by how much; then call what is returned, if anything.
+
+    skipped: counts batches whose statistics are not finite, which then move nothing else; None for
+    a layer that lets them.
+
+    A second forward of a checkpoint runs the same operations, as checkpointing demands, but moves
+    by nothing. A compiled graph that was traced in the first forward runs in the second, too. So it
+    moves copies, and asks whenever it runs whether to keep them.
+    """
+    mean, var, batches = statistics
+    key = batches if mean is None else mean
+    first: bool | Tensor
+    if not torch.compiler.is_compiling():
+        first = moves(key)
+        if first and skipped is None:
+            return statistics, momentum, None
+    elif key is None or torch.compiler.is_exporting():
+        return statistics, momentum, None
+    else:
+        first = moves_in_graph(key, torch.is_grad_enabled())
+    if skipped is not None and mean is not None and not torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
+        batch = _nothing_yet(mean)
+        return batch, 1.0, partial(_follow_if_finite, statistics, momentum, batch, first, skipped)
+    if isinstance(first, Tensor):
+        copies = _copy(mean), _copy(var), _copy(batches)
+        return copies, momentum, partial(_keep_if_first, statistics, copies, first)
+    return (mean, var, None), 0.0, None
+
+
+def skips_nonfinite(layer: nn.Module) -> bool:
+    return "num_batches_skipped" in layer._buffers
+
+
+def skip_nonfinite(layer: nn.Module, skip: bool) -> None:
+    """Let ``layer`` have a counter of the batches that it skips, or none."""
+    if not skip:
+        layer._buffers.pop("num_batches_skipped", None)
+        layer._non_persistent_buffers_set.discard("num_batches_skipped")
+    elif not skips_nonfinite(layer):
+        tracked = layer._buffers["num_batches_tracked"]
+        like = torch.zeros(()) if tracked is None else tracked
+        skipped = torch.zeros_like(like, dtype=torch.int64)
+        layer.register_buffer("num_batches_skipped", skipped, persistent=False)
+
+
+def _copy(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.detach().clone()
+
+
+def _keep_if_first(statistics: Statistics, copies: Statistics, first: Tensor) -> None:
+    for old, new in zip(statistics, copies, strict=True):
+        if old is not None and new is not None:
+            old.copy_(torch.where(first, new, old))
+
+
+def _nothing_yet(mean: Tensor) -> Batch:
+    """What becomes, moved with momentum 1, a batch's mean, unbiased variance and how often: once.
+
+    Without a single value in the batch the variance stays negative, which no variance is.
+    """
+    dtype = torch.promote_types(mean.dtype, torch.float32)
+    zeros, negative = torch.zeros_like(mean, dtype=dtype), torch.full_like(mean, -1, dtype=dtype)
+    return zeros, negative, mean.new_zeros((), dtype=torch.int64)
+
+
+def _follow_if_finite(
+    statistics: Statistics,
+    momentum: float | None,
+    batch: Batch,
+    first: bool | Tensor,
+    skipped: Tensor,
+) -> None:
+    """Move ``statistics`` towards the batch's unless those are not finite or a second forward's.
+
+    In tensors only: a device is not waited for.
+    """
+    mean, var, counted = batch
+    finite = mean.isfinite().all() & var.isfinite().all()
+    counted = counted * first
+    skipped.add_(counted * ~finite)
+    counted = counted * finite
+    *both, batches = statistics
+    if batches is not None:
+        batches.add_(counted)
+    wide = wide_dtype(mean.device)
+    rate: float | Tensor = momentum or 0.0
+    if momentum is None and batches is not None:
+        rate = 1 / batches.to(wide).clamp_min(1)
+    move = (counted > 0) & (var >= 0).all()
+    for old, new in zip(both, (mean, var), strict=True):
+        if old is not None:
+            now = old.to(wide)
+            old.copy_(torch.where(move, (1 - rate) * now + rate * new, now))
