@@ -1,6 +1,7 @@
 """Models leave for other runtimes as plain BatchNorm, whether converted or reverted."""
 
 import functools
+import warnings
 from collections import Counter
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 from layers import CLASSES, Silent
 from torch import nn
 from torch.ao import quantization
+from torch.ao.quantization.quantize_fx import fuse_fx, prepare_fx, prepare_qat_fx
 from torch.fx.experimental.optimization import fuse
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
@@ -173,9 +175,53 @@ def test_fx_fuses_a_reverted_model():
     close(fused(X), network().eval()(X))
 
 
-def test_fx_says_what_to_do_with_a_converted_model():
-    with pytest.raises(TypeError, match=r"got Proxy; for torch\.fx, syncbn\.revert the model"):
-        torch.fx.symbolic_trace(converted().eval())
+QCONFIGS = quantization.get_default_qat_qconfig_mapping("x86")
+
+
+class OwnProxy(torch.fx.Tracer):
+    """As those of transformers and others have theirs."""
+
+    def proxy(self, node):
+        return type("OwnProxy", (torch.fx.Proxy,), {})(node, self)
+
+
+def masked(model):
+    with syncbn.masking(model, torch.ones(4, 6, 6, dtype=torch.bool)):
+        torch.fx.symbolic_trace(model)
+
+
+FX = {
+    "symbolic_trace": torch.fx.symbolic_trace,
+    "another tracer": lambda model: OwnProxy().trace(model),
+    "masking": masked,
+    "prepare_fx": lambda model: prepare_fx(model.eval(), QCONFIGS, (X,)),
+    "prepare_qat_fx": lambda model: prepare_qat_fx(model.train(), QCONFIGS, (X,)),
+    "fuse_fx": lambda model: fuse_fx(model.eval()),
+    "lazy": lambda model: torch.fx.symbolic_trace(syncbn.LazySyncBatchNorm2d()),
+    "function": lambda model: torch.fx.symbolic_trace(
+        lambda x: syncbn.sync_batch_norm(x, None, None, training=model.training)
+    ),
+}
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("tool", FX)
+@pytest.mark.parametrize("build", [converted, direct])
+def test_fx_says_what_to_do_with_a_converted_model(build, tool, training):
+    model = build().train(training)
+    with pytest.raises(TypeError, match=r"got \w*Proxy; for torch\.fx, syncbn\.revert the model"):
+        FX[tool](model)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("build", [converted, direct, lambda: syncbn.LazySyncBatchNorm2d()])
+def test_script_says_what_to_do_with_a_converted_model(build, training):
+    model = build().train(training)
+    before = list(model.modules())
+    words = r"torch\.jit\.script: expected .* got \w*SyncBatchNorm2d; syncbn\.revert the model"
+    with pytest.raises(TypeError, match=words):
+        torch.jit.script(model)
+    assert all(one is other for one, other in zip(before, model.modules(), strict=True))
 
 
 # --- quantisation ----------------------------------------------------------------------------
@@ -217,6 +263,35 @@ def test_reverted_models_prepare_for_quantisation_as_plain_ones(build):
     close(prepared[0](X), prepared[1](X))
     with pytest.raises(AssertionError, match="fuser method"):
         quantisation_aware(with_qconfig(build()))
+
+
+@pytest.mark.parametrize("aware", [True, False])
+def test_revert_names_what_was_converted_before_it_was_prepared(aware):
+    """Only BatchNorm2d and 3d have a quantised form."""
+    prepare = quantization.prepare_qat if aware else quantization.prepare
+    model = prepare(with_qconfig(syncbn.convert(network())).train(aware))
+    model(X)
+    words = r"revert: cannot be quantised: 0, 3, to which .* Prepare the plain model"
+    with pytest.warns(UserWarning, match=words):
+        syncbn.revert(model)
+    with pytest.raises(AttributeError, match="activation_post_process"):
+        quantization.convert(model.eval())
+
+
+@pytest.mark.parametrize("aware", [True, False])
+def test_a_model_prepared_and_then_converted_quantises_as_a_plain_one(aware):
+    prepare = quantization.prepare_qat if aware else quantization.prepare
+    if aware:
+        prepare = quantisation_aware
+    model, plain = (prepare(with_qconfig(network()).train(aware)) for _ in range(2))
+    syncbn.convert(model)
+    for prepared in (model, plain):
+        prepared(X)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="revert")
+        syncbn.revert(model)
+    quantised = [quantization.convert(m.eval()) for m in (model, plain)]
+    assert [type(m) for m in quantised[0].modules()] == [type(m) for m in quantised[1].modules()]
 
 
 def test_quantisation_aware_training_over_ranks(ranks):

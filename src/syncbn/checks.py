@@ -43,7 +43,8 @@ def checked_dtype(name: str, dtype: Any) -> torch.dtype:
 def check_input(input: Tensor) -> None:
     """Refuse what is no floating (N, C, *) tensor with at least one channel."""
     if not isinstance(input, Tensor):
-        remedy = "; for torch.fx, syncbn.revert the model first" if type(input) is Proxy else ""
+        traced = isinstance(input, Proxy)
+        remedy = "; for torch.fx, syncbn.revert the model first" if traced else ""
         raise TypeError(
             f"sync_batch_norm: expected a torch.Tensor as input, got {type(input).__name__}{remedy}"
         )

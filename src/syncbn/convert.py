@@ -18,6 +18,7 @@ from .data_parallel import DataParallel
 from .graphs import compiled_batch_norms
 from .modules import SyncBatchNorm
 from .names import names_of_modules
+from .quantisation import without_observers
 from .registry import Origin, is_candidate, stands_for, target_of
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
@@ -155,7 +156,8 @@ def revert(module: ModuleT) -> ModuleT:
     :class:`SyncBatchNorm` (whose Lazy form torch lacks: it must have seen its input); their running
     statistics, if of another ``statistics_dtype``, become of the weight's dtype. What convert did
     not make (parametrized or sharded since, or with behaviour of its own) is left alone and named
-    in one warning. For inference, export and tools that know torch's classes.
+    in one warning. Another names layers that cannot be quantised, where ``prepare`` or
+    ``prepare_qat`` came after convert. For inference, export and tools that know torch's classes.
 
     Args:
         module: a model, or a single layer. Returned.
@@ -168,7 +170,7 @@ def revert(module: ModuleT) -> ModuleT:
         'BatchNorm2d'
     """
     _check_module("revert", module)
-    left_alone = []
+    left_alone, reverted = [], []
     for name, layer in module.named_modules():
         if not isinstance(layer, SyncBatchNorm):
             continue
@@ -187,7 +189,15 @@ def revert(module: ModuleT) -> ModuleT:
         if issubclass(source, nn.SyncBatchNorm):
             layer.process_group = origin.process_group
         _become(layer, source)
+        reverted.append((name, layer))
     _revert_wrappers(module)
+    if unprepared := without_observers(module, reverted):
+        warnings.warn(
+            f"revert: cannot be quantised: {', '.join(unprepared)}, to which torch.ao.quantization "
+            "gave no observers, because it prepared them as syncbn's layers. Prepare the plain "
+            "model, convert it then, and revert it to quantise",
+            stacklevel=2,
+        )
     if left_alone:
         warnings.warn(
             "revert: left alone, because convert did not give them their classes: "

@@ -164,7 +164,7 @@ def _whole(
     tracing: bool = torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
     compiling = torch.compiler.is_compiling()
     silent = not training or tracing or (compiling and torch.compiler.is_exporting())
-    silent = silent or getattr(input, "is_meta", False)
+    silent = silent or (isinstance(input, Tensor) and input.is_meta)
     comm = LOCAL if silent else resolve(group)
     alone = comm.size == 1 and (silent or not reproducible)
     if not tracing:  # a trace would record the checks, with warnings

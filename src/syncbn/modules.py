@@ -21,6 +21,8 @@ from .recomputation import withhold
 from .tracking import skip_nonfinite, skips_nonfinite
 
 if TYPE_CHECKING:
+    from typing import NoReturn
+
     from typing_extensions import Self
 
 
@@ -181,7 +183,7 @@ class SyncBatchNorm(_BatchNorm):
 
     def _check_input_dim(self, input: Tensor) -> None:
         if not isinstance(input, Tensor):
-            return  # sync_batch_norm says what is wrong
+            check_input(input)
         if self._dims and input.dim() not in self._dims:
             expected = " or ".join(f"{dim}D" for dim in self._dims)
             raise ValueError(
@@ -189,6 +191,12 @@ class SyncBatchNorm(_BatchNorm):
                 f"shape {self._shapes}, got shape {tuple(input.shape)}; syncbn.SyncBatchNorm takes "
                 "any number of dimensions from two"
             )
+
+    def __prepare_scriptable__(self) -> NoReturn:
+        raise TypeError(
+            f"torch.jit.script: expected layers of torch's own classes, got {type(self).__name__}; "
+            "syncbn.revert the model first, or a copy of it where training goes on"
+        )
 
     def _replicate_for_data_parallel(self) -> Self:
         replica: Self = super()._replicate_for_data_parallel()  # type: ignore[no-untyped-call]
