@@ -13,11 +13,13 @@ SOURCE = Path(syncbn.__file__).parent
 CSRC = Path(__file__).parents[1] / "csrc"
 # From the ground up. A room imports from rooms on floors below its own, never from its own floor.
 FLOORS = (
+    {"transforms"},
     {"_version", "checks", "graphs", "moments", "names", "nested", "quantisation", "recomputation"},
     {"empty", "masks", "reproducible", "scatter", "tracking", "transfer"},
     {"comm", "kernels"},
-    {"differentiable", "share"},
-    {"autograd", "joint", "local", "uneven"},
+    {"collectives", "share"},
+    {"differentiable"},
+    {"autograd", "joint", "local", "transformed", "uneven"},
     {"functional"},
     {"modules"},
     {"lazy", "masking"},

@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from .checks import check_held
+from .checks import check_held, refuse_single_value
 from .comm import Communicator
 from .differentiable import differentiable_gradients, with_value
 from .share import Share, parameter_gradients
+from .transforms import batched_or_transforming
 
 
 def synchronised(
@@ -94,9 +95,10 @@ class _SyncBatchNorm(torch.autograd.Function):
             check_held({"the output's gradient": dy, "input": x, "weight": weight})
             check_held({"mean": mean, "invstd": invstd, "count": count})
         dx: Tensor | None
-        if torch.is_grad_enabled() and not compiling:  # create_graph
+        transforming = not compiling and batched_or_transforming(dy)
+        if transforming or (torch.is_grad_enabled() and not compiling):  # create_graph
             dx, local = differentiable_gradients(dy, x, weight, ctx.eps, share.comm)
-            if share.reproducible:
+            if share.reproducible and not transforming:
                 with torch.no_grad():
                     value, _ = _gradients(share, wants_x, dy, x, weight, *statistics)
                 dx = None if value is None else with_value(dx, value)
@@ -130,11 +132,7 @@ def _check_count(x: Tensor, sets: Tensor, comm: Communicator) -> None:
     accelerator waits for the device; if the sum is one, every rank is such a rank.
     """
     if x.numel() // x.shape[1] <= 1 and sets[:, 0].sum().item() == 1:
-        raise ValueError(
-            f"Expected more than 1 value per channel when training, got input size {x.shape} on "
-            f"rank {comm.rank} and 1 value per channel on all {comm.size} ranks together; "
-            "use a larger batch or call eval() on the layer"
-        )
+        refuse_single_value(x.shape, comm.rank, comm.size)
 
 
 def _check_in_graph(x: Tensor, sets: Tensor, wanting: Tensor | None) -> None:

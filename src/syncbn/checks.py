@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import threading
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.fx import Proxy
+
+from .transforms import transforming
+
+if TYPE_CHECKING:
+    from typing import NoReturn
 
 FLOATING = frozenset((torch.float16, torch.bfloat16, torch.float32, torch.float64))
 FLOATING_WORDS = "of float16, bfloat16, float32 or float64"
@@ -176,7 +181,7 @@ def _check_counter(counter: Any, device: torch.device, cumulative: bool) -> None
     check_held({"num_batches_tracked": counter})
     # Asking an accelerator means waiting for it: only of counters that soon come to their end.
     readable = counter.is_cpu or (counter.dtype != torch.int64 and not counter.is_meta)
-    if not cumulative or not readable or torch.compiler.is_compiling():
+    if not cumulative or not readable or torch.compiler.is_compiling() or transforming():
         return
     if not float(counter + 1) > 0:
         raise ValueError(
@@ -184,6 +189,15 @@ def _check_counter(counter: Any, device: torch.device, cumulative: bool) -> None
             f"momentum=None divides by it, got {counter.item()} of {counter.dtype}; "
             "torch.tensor(0) starts anew"
         )
+
+
+def refuse_single_value(shape: tuple[int, ...], rank: int, size: int) -> NoReturn:
+    """Refuse a batch with a single value per channel on all ranks together."""
+    raise ValueError(
+        f"Expected more than 1 value per channel when training, got input size {shape} on "
+        f"rank {rank} and 1 value per channel on all {size} ranks together; "
+        "use a larger batch or call eval() on the layer"
+    )
 
 
 def check_timeout(operation: str, timeout: float) -> None:

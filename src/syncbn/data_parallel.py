@@ -17,6 +17,7 @@ from .checks import check_held
 from .comm import Crew, Replica, refused_group, resolve
 from .modules import SyncBatchNorm
 from .scatter import gather, scatter
+from .transforms import transforming
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 Device = int | str | torch.device
@@ -107,17 +108,16 @@ class DataParallel(nn.DataParallel[ModuleT]):
         if len(devices) > 1 and (torch.jit.is_tracing() or torch.compiler.is_exporting()):  # type: ignore[attr-defined, no-untyped-call]
             raise RuntimeError(_TRACED)
         _check(self.module, devices[0])
-        # without any input there is nothing to do on more than one device
-        used = devices if inputs or kwargs else devices[:1]
+        # Threads are in no transform of torch.func. Without input there is nothing to do in them.
+        used = devices if (inputs or kwargs) and not transforming() else devices[:1]
         shares = scatter((inputs, kwargs), used, self.dim)
         if len(shares) == 1:
             args, keywords = shares[0]
             outputs = [self.module(*args, **keywords)]
         else:
             outputs = _run(self.module, devices[: len(shares)], shares)
-        if len(devices) == 1:
-            return outputs[0]
-        return gather(outputs, self._device_of(self.output_device), self.dim)
+        place = self._device_of(self.output_device)
+        return outputs[0] if len(devices) == 1 else gather(outputs, place, self.dim)
 
     def extra_repr(self) -> str:
         return f"devices={[str(device) for device in self.devices]}"

@@ -22,6 +22,8 @@ from .kernels import serving
 from .masks import blank, check_mask, pack, unpack
 from .share import ReproducibleShare, Share, samples_apart
 from .tracking import begin_update
+from .transformed import transformed
+from .transforms import check_movable, transforming
 
 
 def sync_batch_norm(
@@ -122,13 +124,18 @@ def batch_norm(
     num_batches_skipped: where given, counts those whose statistics are not finite and move nothing.
     """
     moved = (running_mean, running_var, num_batches_tracked)
-    conclude = None
+    conclude, transform = None, False
     if training:
-        if num_batches_skipped is not None:  # others stand in for these until the batch is known
+        transform = transforming()
+        if transform or num_batches_skipped is not None:  # others may stand in for these below
             check_tensors(input, *moved, weight, bias, momentum)
+        if transform:
+            check_movable(*moved, num_batches_skipped, input, mask)
         moved, momentum, conclude = begin_update(moved, momentum, num_batches_skipped)
     rest: tuple[Any, ...] = (*moved, weight, bias, training, momentum, eps, group, reproducible)
-    if mask is None:
+    if transform:
+        y = transformed(input, mask, *moved, weight, bias, momentum, eps, group)
+    elif mask is None:
         y = _whole(input, None, *rest)
     else:
         y = _where_it_counts(input, mask, training, *rest)

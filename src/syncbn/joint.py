@@ -16,6 +16,7 @@ from .comm import Replica
 from .kernels import Kernels, composite, serving
 from .moments import merge, unpack
 from .share import parameter_gradients
+from .transforms import transforming
 
 
 def together(
@@ -88,7 +89,7 @@ class _Joint(torch.autograd.Function):
             check_held({"statistics": statistic})
         kernels = [serving(x) for x in xs]
         triples = [statistics[3 * i : 3 * i + 3] for i in range(size)]
-        if torch.is_grad_enabled():  # create_graph: in operations that can be differentiated again
+        if torch.is_grad_enabled() or transforming():  # create_graph, or vmap, or dys have tangents
             kernels = [composite] * size
             triples = _differentiable_statistics(xs, ctx.eps)
         gradients: list[Tensor | None] = []

@@ -8,13 +8,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from .checks import check_held
 from .comm import LOCAL
 from .differentiable import differentiable_gradients
 from .kernels import native, native_serves
 from .share import parameter_gradients
+from .transforms import transforming
 
 
 def serves(
@@ -23,7 +23,7 @@ def serves(
     """Whether :func:`batch_norm` takes x, with statistics, their counter and parameters.
 
     One running statistic without the other and a single value per channel are left to those who
-    have an error for them; so are torch.func and forward-mode derivatives.
+    have an error for them.
     """
     if (running_mean is None) != (running_var is None):
         return False
@@ -33,13 +33,7 @@ def serves(
                 return False
     except AttributeError:  # no tensor
         return False
-    return (
-        native_serves(x)
-        and x.dim() > 1
-        and x.numel() > x.shape[1]
-        and not torch._C._are_functorch_transforms_active()
-        and forward_ad._current_level < 0
-    )
+    return native_serves(x) and x.dim() > 1 and x.numel() > x.shape[1]
 
 
 def batch_norm(
@@ -81,7 +75,7 @@ class _BatchNorm(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         wants_x, wants_weight, wants_bias, _ = ctx.needs_input_grad
         dx = None
-        if torch.is_grad_enabled():  # create_graph
+        if torch.is_grad_enabled() or transforming():  # create_graph, or vmap, or dy has a tangent
             check_held({"the output's gradient": dy, "input": x, "weight": weight})
             dx, sums = differentiable_gradients(dy, x, weight, ctx.eps, LOCAL)
         elif wants_x:
@@ -93,5 +87,5 @@ class _BatchNorm(torch.autograd.Function):
         return dx, *parameter_gradients(sums, *wanted), None
 
 
-# Function.apply looks first for torch.func, which serves() excludes: half a microsecond.
+# Function.apply looks first for torch.func, which does not come here: half a microsecond.
 _apply = super(torch.autograd.Function, _BatchNorm).apply

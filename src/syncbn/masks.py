@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .checks import check_held
+from .transforms import transforming
 
 
 def mask_from_lengths(lengths: Tensor, size: int | None = None) -> Tensor:
@@ -101,11 +102,13 @@ def pack(input: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
 
 def unpack(values: Tensor, input: Tensor, mask: Tensor) -> Tensor:
     """A tensor like input (N, C, *) of the values (V, C) that count, and zeros."""
-    output = torch.zeros_like(input, dtype=values.dtype)
-    output.movedim(1, -1)[mask] = values
-    return output
+    output = torch.zeros_like(input.movedim(1, -1), dtype=values.dtype)
+    output[mask] = values  # not of a view, whose gradient would be one of strides, beyond vmap
+    return output.movedim(-1, 1)
 
 
 def blank(input: Tensor, mask: Tensor) -> Tensor:
     """input (N, C, *) with zeros where nothing counts."""
+    if transforming():  # vmap may have made the mask larger than input
+        return torch.where(mask.unsqueeze(1), input, 0.0)
     return input.clone().masked_fill_(~mask.unsqueeze(1), 0)  # in place it keeps the strides

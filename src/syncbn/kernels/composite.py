@@ -36,19 +36,25 @@ from ..moments import Moments, merge, unpack, wide_dtype
 NAME = "composite"
 
 
-def measure(x: Tensor) -> Tensor:
-    """Packed moments (1 + 2C,) of x (N, C, *): see :mod:`syncbn.moments`."""
+def measure(x: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Packed moments (1 + 2C,) of x (N, C, *): see :mod:`syncbn.moments`.
+
+    mask: (N, *) bool, or None; only values where it is True count, the others are zero.
+    """
     wide = wide_dtype(x.device)
-    channels = x.shape[1]
-    count = x.numel() // channels
-    divisor = max(count, 1)
+    whole = x.new_full((), x.numel() // x.shape[1], dtype=wide)
+    count = whole if mask is None else mask.sum(dtype=wide)
+    divisor = count.clamp_min(1)
     values = _arithmetic(x)
     shift = (_sum(values.detach(), wide) / divisor).to(values.dtype)
     centred = values - _per_channel(shift, x)
+    if mask is not None:
+        centred = torch.where(mask.unsqueeze(1), centred, 0.0)
     delta = _sum(centred, wide) / divisor
     m2 = _sum(centred.square(), wide) - count * delta.square()
-    moments = Moments(m2.new_full((), count), shift.to(wide) + delta, m2.clamp_min(0))
-    return moments.pack()
+    # Where rounding makes it negative, it is zero, but its derivatives are those of a square.
+    m2 = torch.where(m2 < 0, m2 - m2.detach(), m2)
+    return Moments(count, shift.to(wide) + delta, m2).pack()
 
 
 def normalise(
@@ -181,13 +187,10 @@ def _sum(values: Tensor, wide: torch.dtype) -> Tensor:
 
     torch adds pairwise along runs in memory, but one by one over samples and in unusual layouts.
     """
-    usual = values.is_contiguous() or (
-        (values.dim() == 4 and values.is_contiguous(memory_format=torch.channels_last))
-        or (values.dim() == 5 and values.is_contiguous(memory_format=torch.channels_last_3d))
-    )
+    usual = values.is_contiguous() or (values.dim() > 3 and values.movedim(1, -1).is_contiguous())
     if values.dim() == 2 or not usual:
         return values.sum(_reduced(values), dtype=wide)
-    return values.flatten(2).sum(2).sum(0, dtype=wide)
+    return values.sum(_reduced(values)[1:]).sum(0, dtype=wide)
 
 
 def _per_channel(values: Tensor, x: Tensor) -> Tensor:
@@ -198,4 +201,5 @@ def _per_channel(values: Tensor, x: Tensor) -> Tensor:
 
 def _move(running: Tensor | None, target: Tensor, step: Tensor) -> None:
     if running is not None:
+        target = target.detach()  # forward mode works without gradients, too
         running.copy_((1 - step) * running.to(target.dtype) + step * target)
