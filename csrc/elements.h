@@ -21,6 +21,8 @@ SYNCBN_INLINE Bits load_shorts(const void* p) {
   return (Bits)_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p));
 #elif SYNCBN_AVX == 256
   return (Bits)_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p));
+#elif defined(__SSE2__) && SYNCBN_VECTOR_BYTES == 16  // g++ 11 converts one by one
+  return (Bits)_mm_unpacklo_epi16(_mm_loadl_epi64((const __m128i*)p), _mm_setzero_si128());
 #else
   Shorts s;
   __builtin_memcpy(&s, p, sizeof(s));
@@ -69,13 +71,18 @@ SYNCBN_INLINE void store(Half* p, Vector<float> v) {
   _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT));
 }
 #else
+// Where bits without a sign are more than a number. SSE2 compares signed numbers only.
+SYNCBN_INLINE Bits above(Bits bits, int32_t number) {
+  typedef int32_t Signed __attribute__((vector_size(SYNCBN_VECTOR_BYTES)));
+  return (Bits)((Signed)bits > number);
+}
 // A half's exponent and mantissa, moved into a float's place, are its value times 2⁻¹¹², even of
 // a subnormal; infinity and NaN then need the full exponent.
 SYNCBN_INLINE Vector<float> load(const Half* p) {
   Bits half = load_shorts(p);
   Bits sign = (half & 0x8000u) << 16, rest = (half & 0x7fffu) << 13;
   Bits value = bit_cast<Bits>(bit_cast<Vector<float>>(rest) * 0x1p112f);
-  Bits special = (Bits)(rest >= 0x0f800000u) & 0x7f800000u;
+  Bits special = above(rest, 0x0f7fffff) & 0x7f800000u;
   return bit_cast<Vector<float>>(sign | value | special);
 }
 // Normal results round by an integer addition that carries into the exponent (and to infinity);
@@ -85,9 +92,9 @@ SYNCBN_INLINE void store(Half* p, Vector<float> v) {
   Bits sign = (bits >> 16) & 0x8000u, rest = bits & 0x7fffffffu;
   Bits normal = (rest - 0x38000000u + 0xfffu + ((rest >> 13) & 1u)) >> 13;
   Bits tiny = bit_cast<Bits>(bit_cast<Vector<float>>(rest) + 0.5f) - 0x3f000000u;
-  Bits is_tiny = (Bits)(rest < 0x38800000u);
-  Bits is_big = (Bits)(rest >= 0x47800000u), is_nan = (Bits)(rest > 0x7f800000u);
-  Bits half = (is_tiny & tiny) | (~is_tiny & normal);
+  Bits is_normal = above(rest, 0x387fffff);
+  Bits is_big = above(rest, 0x477fffff), is_nan = above(rest, 0x7f800000);
+  Bits half = (is_normal & normal) | (~is_normal & tiny);
   half = (is_big & 0x7c00u) | (~is_big & half) | (is_nan & 0x200u);
   store_shorts(p, sign | half);
 }
