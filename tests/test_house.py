@@ -20,6 +20,7 @@ FLOORS = (
     {"collectives", "share"},
     {"differentiable"},
     {"autograd", "joint", "local", "transformed", "uneven"},
+    {"dtensors"},
     {"functional"},
     {"modules"},
     {"lazy", "masking"},

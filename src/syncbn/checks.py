@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.fx import Proxy
+from torch.nn import Parameter
 
 from .transforms import transforming
 
@@ -18,6 +20,14 @@ FLOATING = frozenset((torch.float16, torch.bfloat16, torch.float32, torch.float6
 FLOATING_WORDS = "of float16, bfloat16, float32 or float64"
 COUNTING = frozenset((torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8))
 MOST_DIMENSIONS = 64  # of torch's sums, and so of ours
+
+
+def is_dtensor(tensor: Tensor | None) -> bool:
+    """Whether this is a DTensor, without importing what makes them."""
+    if tensor is None or type(tensor) in (Tensor, Parameter):
+        return False
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
 
 
 def check_options(momentum: float, eps: float) -> None:
@@ -138,6 +148,7 @@ def check_tensors(
             and tensor.shape == shape
             and tensor.device == device
             and tensor.dtype in FLOATING
+            and (is_dtensor(input) or not is_dtensor(tensor))
         ):
             _refuse(name, tensor, input)
     if (running_mean is None) != (running_var is None):
@@ -158,6 +169,11 @@ def _refuse(name: str, tensor: Any, input: Tensor) -> None:
             f"got {got}; use the input's dtype or torch.float32"
         )
     check_shape(name, tensor.shape, input)
+    if is_dtensor(tensor) and not is_dtensor(input):
+        raise TypeError(
+            f"sync_batch_norm: expected {name} as a plain tensor, as the input is, got a DTensor; "
+            "distribute the input, too, or take its full_tensor()"
+        )
     raise ValueError(
         f"sync_batch_norm: expected {name} on the input's device {input.device}, got "
         f"{tensor.device}; move one of them with .to()"

@@ -8,13 +8,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import local
+from . import dtensors, local
 from .autograd import synchronised
 from .checks import (
     check_input,
     check_not_reproducible,
     check_options,
     check_tensors,
+    is_dtensor,
 )
 from .comm import LOCAL, Replica, refuse_join, resolve
 from .joint import together
@@ -57,7 +58,8 @@ def sync_batch_norm(
     keep theirs.
 
     Args:
-        input: (N, C, *) of any strides; N may be 0 and may differ between ranks.
+        input: (N, C, *) of any strides; N may be 0 and may differ between ranks. A DTensor is the
+            whole batch, without a mask and not ``reproducible``.
         running_mean, running_var: (C,) or None. In training they become, in place,
             ``(1 − momentum)·old + momentum·new``, where new are the mean and the *unbiased*
             variance of the whole batch.
@@ -147,6 +149,7 @@ def batch_norm(
 def _where_it_counts(input: Tensor, mask: Tensor, training: bool, *rest: Any) -> Tensor:
     check_input(input)
     check_mask(mask, input)
+    dtensors.check_options_of_dtensor(is_dtensor(input), False)
     if not training:
         return blank(_whole(blank(input, mask), None, *rest), mask)
     values, lengths = pack(input, mask)
@@ -188,6 +191,11 @@ def _whole(
                 check_tensors(input, *given)
                 raise
         check_tensors(input, *given)
+    if is_dtensor(input):
+        dtensors.check_options_of_dtensor(lengths is not None, reproducible)
+        dtensors.check_group_of_dtensor(input, comm)
+        rest = (running_mean, running_var, num_batches_tracked, weight, bias, momentum, eps)
+        return dtensors.batch_norm(input, *rest, training)
     mixed = _mixed(input, running_mean, running_var, weight, bias)
     if training and not compiling:
         # A view that reads with the opposite sign: torch's operator would move a copy.

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn as nn
 from torch import Tensor
 
+from .checks import is_dtensor
 from .moments import wide_dtype
 from .recomputation import moves, moves_in_graph
 
@@ -38,7 +40,7 @@ def begin_update(
     elif key is None or torch.compiler.is_exporting():
         return statistics, momentum, None
     else:
-        first = moves_in_graph(key, torch.is_grad_enabled())
+        first = _first_in_graph(key)
     if skipped is not None and mean is not None and not torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
         batch = _nothing_yet(mean)
         return batch, 1.0, partial(_follow_if_finite, statistics, momentum, batch, first, skipped)
@@ -46,6 +48,17 @@ def begin_update(
         copies = _copy(mean), _copy(var), _copy(batches)
         return copies, momentum, partial(_keep_if_first, statistics, copies, first)
     return (mean, var, None), 0.0, None
+
+
+def _first_in_graph(key: Any) -> Tensor:
+    if not is_dtensor(key):
+        plain: Tensor = moves_in_graph(key, torch.is_grad_enabled())
+        return plain
+    from torch.distributed.tensor import DTensor, Replicate
+
+    mesh, here = key.device_mesh, moves_in_graph(key.to_local(), torch.is_grad_enabled())
+    first: Tensor = DTensor.from_local(here, mesh, [Replicate()] * mesh.ndim, run_check=False)
+    return first
 
 
 def skips_nonfinite(layer: nn.Module) -> bool:
