@@ -69,7 +69,7 @@ SYNCBN_INLINE void sum_rows(int64_t rows, int64_t channels, Real<T>* first, Real
 }
 
 template <class T>
-void measure_rows(const View& x, const Tile& t, double* mean, double* m2) {
+bool measure_rows(const View& x, const Tile& t, double* mean, double* m2) {
   using R = Real<T>;
   R base[widest_rows], shift[widest_rows], first[widest_rows], second[widest_rows];
   const int64_t channels = t.channels();
@@ -111,6 +111,7 @@ void measure_rows(const View& x, const Tile& t, double* mean, double* m2) {
     count += rows;
   });
   for (int64_t c = 0; c < channels; ++c) mean[c] += base[c];
+  return all_finite(channels, m2);
 }
 
 template <class T>
@@ -140,7 +141,7 @@ void normalise_rows(const View& x, const View& y, const Tile& t, const Coefficie
 }
 
 template <class T>
-void gradient_sums_rows(const View& dy, const View& x, const Tile& t, const void* shift,
+bool gradient_sums_rows(const View& dy, const View& x, const Tile& t, const void* shift,
                         double* total, double* dot) {
   using R = Real<T>;
   R first[widest_rows], second[widest_rows];
@@ -165,6 +166,7 @@ void gradient_sums_rows(const View& dy, const View& x, const Tile& t, const void
     for (int64_t c = 0; c < channels; ++c) total[c] += first[c];
     for (int64_t c = 0; c < channels; ++c) dot[c] += second[c];
   });
+  return all_finite(channels, total) & all_finite(channels, dot);
 }
 
 template <class T>

@@ -63,7 +63,7 @@ struct Products {
 };
 
 template <class T>
-void measure_planes(const View& x, const Tile& t, double* mean, double* m2) {
+bool measure_planes(const View& x, const Tile& t, double* mean, double* m2) {
   using R = Real<T>;
   const Run start = first_run(x, t.position_begin);
   int64_t count = 0;
@@ -92,10 +92,11 @@ void measure_planes(const View& x, const Tile& t, double* mean, double* m2) {
   });
   for (int64_t c = t.channel_begin; c < t.channel_end; ++c)
     mean[c] += first_of(x.at<T>(c, start.outer, start.inner));
+  return all_finite(t.channels(), m2 + t.channel_begin);
 }
 
 template <class T>
-void gradient_sums_planes(const View& dy, const View& x, const Tile& t, const void* shifts,
+bool gradient_sums_planes(const View& dy, const View& x, const Tile& t, const void* shifts,
                           double* total, double* dot) {
   using R = Real<T>;
   for (int64_t c = t.channel_begin; c < t.channel_end; ++c) total[c] = dot[c] = 0;
@@ -110,6 +111,8 @@ void gradient_sums_planes(const View& dy, const View& x, const Tile& t, const vo
       dot[c] += s.second;
     }
   });
+  return all_finite(t.channels(), total + t.channel_begin) &
+         all_finite(t.channels(), dot + t.channel_begin);
 }
 
 // Calls body(c, outer, inner, length) for each part of a plane in the tile.

@@ -40,25 +40,25 @@ inline void forward(const Parallel& parallel, const Work& w, const View& x, cons
   read(affine.bias, w.channels, 0, bias);
 
   auto measure = [&](int64_t t, int64_t s) {
-    const Pairs to = partial.row(s, w.columns);
-    w.loops->measure(x, w.tile(t, s), to.first, to.second);
+    measure_tile(w, x, w.tile(t, s), partial.row(s, w.columns));
   };
+  const ChannelValues values{mean, invstd, weight, bias};
   auto conclude = [&](int64_t begin, int64_t end, const Pairs& moments) {
     const int64_t n = end - begin;
     for (int64_t c = begin; c < end; ++c) mean[c] = moments.first[c];
     move_running(running, begin, end, step, count, moments.first, moments.second);
     w.per_channel->inverse_deviation(n, count, moments.second + begin, eps, invstd + begin);
-    w.per_channel->forward_coefficients(n, from_channel({mean, invstd, weight, bias}, begin),
-                                        from_channel(w, k, begin));
+    return w.per_channel->forward_coefficients(n, from_channel(values, begin),
+                                               from_channel(w, k, begin));
   };
-  auto normalise = [&](int64_t t, int64_t s) { w.loops->normalise(x, y, w.tile(t, s), k); };
+  auto normalise = [&](const Tile& t, bool fits) { normalise_tile(w, x, y, t, k, values, fits); };
 
   if (tile_by_tile(parallel, w)) {
     over_tiles(parallel, w, [&](int64_t t, int64_t begin, int64_t end) {
       for (int64_t s = 0; s < w.segments; ++s) measure(t, s);
       merge_segments(w, partial, base, begin, end);
-      conclude(begin, end, partial);
-      for (int64_t s = w.segments - 1; s >= 0; --s) normalise(t, s);
+      const bool fits = conclude(begin, end, partial);
+      for (int64_t s = w.segments - 1; s >= 0; --s) normalise(w.tile(t, s), fits);
     });
     return;
   }
@@ -66,11 +66,11 @@ inline void forward(const Parallel& parallel, const Work& w, const View& x, cons
   measure_tail(w, x, partial);
   merge_segments(w, partial, base, 0, w.columns);
   const Pairs result{scratch.take(w.channels), scratch.take(w.channels)};
-  merge_columns(w, partial, result);
-  conclude(0, w.channels, result);
+  merge_columns(w, partial, base, result);
+  const bool fits = conclude(0, w.channels, result);
   spread_coefficients(w, {k.shift, k.scale, k.offset});
-  over_units(parallel, w, true, normalise);
-  w.over_tail([&](const Tile& t) { w.loops->normalise(x, y, t, k); });
+  over_units(parallel, w, true, [&](int64_t t, int64_t s) { normalise(w.tile(t, s), fits); });
+  w.over_tail([&](const Tile& t) { normalise(t, fits); });
 }
 
 // dx, and per channel Σdy and Σdy·x̂ in sums.
@@ -90,22 +90,22 @@ inline void backward(const Parallel& parallel, const Work& w, const View& dy, co
   const Coefficients k = take_coefficients(scratch, w.columns);
   read(weights, w.channels, 1, weight);
   w.per_channel->shifts(w.channels, mean, k.shift);
+  const ChannelValues values{mean, invstd, weight, nullptr};
   over_tiles(parallel, w, [&](int64_t t, int64_t begin, int64_t end) {
-    for (int64_t s = 0; s < w.segments; ++s) {
-      const Pairs to = partial.row(s, w.columns);
-      w.loops->gradient_sums(dy, x, w.tile(t, s), k.shift, to.first, to.second);
-    }
+    for (int64_t s = 0; s < w.segments; ++s)
+      gradient_sums_tile(w, dy, x, w.tile(t, s), k.shift, partial.row(s, w.columns));
     add_segments(w, partial, begin, end);
     const int64_t n = end - begin;
     double *total = sums + begin, *dot = sums + w.channels + begin;
     for (int64_t c = 0; c < n; ++c) total[c] = partial.first[begin + c];
     for (int64_t c = 0; c < n; ++c) dot[c] = partial.second[begin + c];
-    const ChannelValues values = from_channel({mean, invstd, weight, nullptr}, begin);
-    const Coefficients here = from_channel(w, k, begin);
-    w.per_channel->project(n, values, total, dot);
-    w.per_channel->backward_coefficients(n, count, values, total, dot, here);
+    const ChannelValues here = from_channel(values, begin);
+    w.per_channel->project(n, here, total, dot);
+    const bool fits = w.per_channel->backward_coefficients(n, count, here, total, dot,
+                                                           from_channel(w, k, begin));
     for (int64_t s = w.segments - 1; s >= 0; --s)
-      w.loops->input_gradient(dy, x, dx, w.tile(t, s), k);
+      input_gradient_tile(w, dy, x, dx, w.tile(t, s), k, values, count, sums, sums + w.channels,
+                          fits);
   });
 }
 

@@ -172,7 +172,7 @@ inline void moment_terms(int64_t some, double n, const double* __restrict mean,
     firsts[some + c] = sum_low;
     seconds[c] = square;
     seconds[some + c] = square_low;
-    seconds[2 * some + c] = sum_low * mean[c];
+    seconds[2 * some + c] = square - square == 0 ? sum_low * mean[c] : 0;  // never ∞ − ∞
     seconds[3 * some + c] = m2[c];
   }
 }

@@ -79,13 +79,13 @@ inline void measure(const Parallel& parallel, const Work& w, const View& x, doub
   const bool direct = w.columns == w.channels && w.segments == 1;
   if (direct) partial = result;
   over_units(parallel, w, false, [&](int64_t t, int64_t s) {
-    const Pairs to = partial.row(s, w.columns);
-    w.loops->measure(x, w.tile(t, s), to.first, to.second);
+    measure_tile(w, x, w.tile(t, s), partial.row(s, w.columns));
   });
   if (direct) return;
   measure_tail(w, x, partial);
-  merge_segments(w, partial, scratch.take(w.columns), 0, w.columns);
-  merge_columns(w, partial, result);
+  double* base = scratch.take(w.columns);
+  merge_segments(w, partial, base, 0, w.columns);
+  merge_columns(w, partial, base, result);
 }
 
 struct Affine {
@@ -95,16 +95,21 @@ struct Affine {
 // The union of k sets of packed moments, `stride` doubles apart; returns its count.
 inline double merge_sets(const double* sets, int64_t k, int64_t stride, int64_t channels,
                          const ChannelLoops& loops, double* mean, double* m2) {
-  const double* base = nullptr;
-  double count = 0;
-  for (int64_t c = 0; c < channels; ++c) mean[c] = m2[c] = 0;
+  Scratch scratch(channels);
+  double *base = scratch.take(channels), count = 0;
+  for (int64_t c = 0; c < channels; ++c) mean[c] = m2[c] = base[c] = 0;
   for (int64_t i = 0; i < k; ++i, sets += stride) {
+    const double *means = sets + 1, *m2s = means + channels;
     if (sets[0] == 0) continue;  // an empty set weighs nothing
-    if (!base) base = sets + 1;
-    loops.merge_moments(channels, count, base, mean, m2, sets[0], sets + 1, sets + 1 + channels);
+    if (count == 0) {
+      from_base(channels, means, base, mean);
+      for (int64_t c = 0; c < channels; ++c) m2[c] = m2s[c];
+    } else {
+      loops.merge_moments(channels, count, base, mean, m2, sets[0], means, m2s);
+    }
     count += sets[0];
   }
-  for (int64_t c = 0; base && c < channels; ++c) mean[c] += base[c];
+  for (int64_t c = 0; c < channels; ++c) mean[c] += base[c];
   return count;
 }
 
@@ -129,13 +134,13 @@ inline void normalise(const Parallel& parallel, const Work& w, const View& x, co
   const Coefficients k = take_coefficients(scratch, w.columns);
   read(affine.weight, w.channels, 1, weight);
   read(affine.bias, w.channels, 0, bias);
-  w.per_channel->forward_coefficients(
-      w.channels, {statistics.mean, statistics.invstd, weight, bias}, k);
+  const ChannelValues v{statistics.mean, statistics.invstd, weight, bias};
+  const bool fits = w.per_channel->forward_coefficients(w.channels, v, k);
   spread_coefficients(w, {k.shift, k.scale, k.offset});
   over_units(parallel, w, true, [&](int64_t t, int64_t s) {
-    w.loops->normalise(x, y, w.tile(t, s), k);
+    normalise_tile(w, x, y, w.tile(t, s), k, v, fits);
   });
-  w.over_tail([&](const Tile& t) { w.loops->normalise(x, y, t, k); });
+  w.over_tail([&](const Tile& t) { normalise_tile(w, x, y, t, k, v, fits); });
 }
 
 // sums: Σdy and Σdy·x̂ per channel.
@@ -149,13 +154,10 @@ inline void gradient_sums(const Parallel& parallel, const Work& w, const View& d
   w.per_channel->shifts(w.channels, mean, shift);
   spread_coefficients(w, {shift});
   over_units(parallel, w, false, [&](int64_t t, int64_t s) {
-    const Pairs to = partial.row(s, w.columns);
-    w.loops->gradient_sums(dy, x, w.tile(t, s), shift, to.first, to.second);
+    gradient_sums_tile(w, dy, x, w.tile(t, s), shift, partial.row(s, w.columns));
   });
   const Pairs tail = partial.row(w.segments, w.columns);
-  w.over_tail([&](const Tile& t) {
-    w.loops->gradient_sums(dy, x, t, shift, tail.first, tail.second);
-  });
+  w.over_tail([&](const Tile& t) { gradient_sums_tile(w, dy, x, t, shift, tail); });
   add_segments(w, partial, 0, w.columns);
   add_columns(w, partial, result);
   w.per_channel->project(w.channels, {mean, invstd, nullptr, nullptr}, result.first,
@@ -170,14 +172,15 @@ inline void input_gradient(const Parallel& parallel, const Work& w, const View& 
   double* weight = scratch.take(w.channels);
   const Coefficients k = take_coefficients(scratch, w.columns);
   read(weights, w.channels, 1, weight);
-  w.per_channel->backward_coefficients(w.channels, statistics.count,
-                                       {statistics.mean, statistics.invstd, weight, nullptr}, sums,
-                                       sums + w.channels, k);
+  const double *dots = sums + w.channels, n = statistics.count;
+  const ChannelValues v{statistics.mean, statistics.invstd, weight, nullptr};
+  const bool fits = w.per_channel->backward_coefficients(w.channels, n, v, sums, dots, k);
   spread_coefficients(w, {k.shift, k.scale, k.slope, k.offset});
-  over_units(parallel, w, true, [&](int64_t t, int64_t s) {
-    w.loops->input_gradient(dy, x, dx, w.tile(t, s), k);
-  });
-  w.over_tail([&](const Tile& t) { w.loops->input_gradient(dy, x, dx, t, k); });
+  auto over = [&](const Tile& t) {
+    input_gradient_tile(w, dy, x, dx, t, k, v, n, sums, dots, fits);
+  };
+  over_units(parallel, w, true, [&](int64_t t, int64_t s) { over(w.tile(t, s)); });
+  w.over_tail(over);
 }
 
 }  // namespace syncbn

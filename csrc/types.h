@@ -85,10 +85,11 @@ struct ChannelValues {
 // The loops over elements, for one element type and layout. Arrays are indexed by channel.
 struct Loops {
   // The moments of each channel of the tile: its mean and sum of squared deviations from it.
-  void (*measure)(const View& x, const Tile&, double* mean, double* m2);
+  // Returns whether all are finite.
+  bool (*measure)(const View& x, const Tile&, double* mean, double* m2);
   void (*normalise)(const View& x, const View& y, const Tile&, const Coefficients&);
-  // Σdy and Σdy·(x − shift).
-  void (*gradient_sums)(const View& dy, const View& x, const Tile&, const void* shift,
+  // Σdy and Σdy·(x − shift). Returns whether all are finite.
+  bool (*gradient_sums)(const View& dy, const View& x, const Tile&, const void* shift,
                         double* total, double* dot);
   void (*input_gradient)(const View& dy, const View& x, const View& dx, const Tile&,
                          const Coefficients&);
@@ -100,8 +101,9 @@ struct ChannelLoops {
                         double n2, const double* mean2, const double* m22);
   void (*inverse_deviation)(int64_t channels, double count, const double* m2, double eps,
                             double* invstd);
-  void (*forward_coefficients)(int64_t channels, const ChannelValues&, const Coefficients&);
-  void (*backward_coefficients)(int64_t channels, double count, const ChannelValues&,
+  // Return whether the arithmetic's type holds them all; of a channel where not, the scale is NaN.
+  bool (*forward_coefficients)(int64_t channels, const ChannelValues&, const Coefficients&);
+  bool (*backward_coefficients)(int64_t channels, double count, const ChannelValues&,
                                 const double* total, const double* projection,
                                 const Coefficients&);
   void (*shifts)(int64_t channels, const double* mean, void* shift);

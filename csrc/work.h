@@ -14,11 +14,13 @@ namespace syncbn {
 struct Work {
   const Loops* loops;
   const ChannelLoops* per_channel;
+  Dtype dtype;
   Layout layout;
   int64_t real_size;  // bytes of a coefficient
   int64_t channels, columns, divide, positions, tail;
   int64_t tile_columns, tiles, segment, segments;  // a unit: one tile of columns × one segment
 
+  int64_t channel(int64_t column) const { return column / divide % channels; }
   int64_t units() const { return tiles * segments; }
   int64_t count() const { return (positions * columns + tail) / channels; }
   int64_t segment_length(int64_t s) const {
@@ -87,6 +89,7 @@ inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline Work make_work(const Loopset& set, Dtype dtype, Layout layout, View* views, int count) {
   Work w{};
   w.per_channel = &set.channels[int(dtype)];
+  w.dtype = dtype;
   w.layout = layout;
   w.real_size = dtype == Dtype::float64 ? 8 : 4;
   w.channels = w.columns = views[0].channels;

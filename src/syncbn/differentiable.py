@@ -16,7 +16,7 @@ from torch import Tensor
 from .collectives import gather, reduce
 from .comm import Communicator
 from .kernels import composite
-from .moments import merge, unpack
+from .moments import inverse_deviation, merge, unpack
 
 
 def differentiable_gradients(
@@ -27,8 +27,9 @@ def differentiable_gradients(
     dy, x: (N, C, *); weight: (C,) or None.
     """
     zero = tie(x, dy, weight)
-    count, mean, m2 = merge(unpack(gather(composite.measure(x) + zero, comm)))
-    invstd = (m2 / count.clamp_min(1) + eps).rsqrt()
+    merged = merge(unpack(gather(composite.measure(x) + zero, comm)))
+    count, mean, _ = merged
+    invstd = inverse_deviation(merged, eps)
     sums = composite.gradient_sums(dy, x, mean, invstd) + zero
     total = reduce(sums, comm)
     dx = composite.input_gradient(dy, x, weight, mean, invstd, total, count)

@@ -14,7 +14,7 @@ from torch import Tensor
 from .checks import check_held
 from .comm import Replica
 from .kernels import Kernels, composite, serving
-from .moments import merge, unpack
+from .moments import inverse_deviation, merge, unpack
 from .share import parameter_gradients
 from .transforms import transforming
 
@@ -124,8 +124,8 @@ def _differentiable_statistics(
     sets = [composite.measure(x) for x in xs]
     found = []
     for x in xs:
-        count, mean, m2 = merge(unpack(_stacked(sets, x)))
-        found.append((mean, (m2 / count.clamp_min(1) + eps).rsqrt(), count))
+        merged = merge(unpack(_stacked(sets, x)))
+        found.append((merged.mean, inverse_deviation(merged, eps), merged.count))
     return found
 
 

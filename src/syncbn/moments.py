@@ -52,6 +52,17 @@ def merge(sets: Moments) -> Moments:
     count = sets.count.sum()
     divisor = count.clamp_min(1)
     weight = sets.count.unsqueeze(-1)
-    mean = (weight * sets.mean).sum(0) / divisor
-    m2 = sets.m2.sum(0) + (weight * (sets.mean - mean).square()).sum(0)
+    mean = (weight / divisor * sets.mean).sum(0)
+    distance = sets.mean - mean
+    m2 = sets.m2.sum(0) + (weight * distance * distance).sum(0)  # n·δ first: zero stays zero
     return Moments(count, mean, m2)
+
+
+def inverse_deviation(moments: Moments, eps: float) -> Tensor:
+    """(M2 / n + eps)^(−1/2) per channel (C,), of one set.
+
+    NaN where M2 is infinite: values whose squares are past what it can hold have a deviation, which
+    nobody knows; 1/∞ would make the output a plausible ``bias``.
+    """
+    variance = moments.m2 / moments.count.clamp_min(1)
+    return (variance + eps).nan_to_num(torch.nan, torch.nan).rsqrt()

@@ -77,7 +77,8 @@ def represent_moments(samples: Tensor) -> Tensor:
     sum_high, sum_low = _two_product(n, mean)
     square_high, square_low = _two_product(sum_high, mean)
     firsts = represent(torch.cat((sum_high, sum_low)))
-    seconds = represent(torch.cat((square_high, square_low, sum_low * mean, m2)))
+    rest = torch.where(square_high.isfinite(), sum_low * mean, 0.0)  # never ∞ − ∞
+    seconds = represent(torch.cat((square_high, square_low, rest, m2)))
     return torch.cat((n.sum().view(1), firsts.flatten(), seconds.flatten()))
 
 

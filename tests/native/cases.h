@@ -72,11 +72,18 @@ inline Sizes random_strides(Random& r, const Sizes& sizes, int kind) {
   return strides;
 }
 
+// Deviations near what a type holds, and those whose squares or inverses it does not.
+inline Exact random_deviation(Random& r, Dtype dtype) {
+  if (r.chance(70) || dtype == Dtype::float16) return r.one_of<Exact>({1, 1e-2L, 10});
+  if (dtype == Dtype::float64) return r.one_of<Exact>({1e-100L, 1e100L, 1e140L});
+  return r.one_of<Exact>({1e-12L, 1e15L, 1e20L, 1e30L, 3e37L});
+}
+
 // Around a mean of up to `ratio` deviations; sometimes constant, with a step, or after an outlier.
 inline void fill(Random& r, Array& x) {
   static const Exact most[dtypes] = {1e4L, 1e6L, 100, 100};
-  const Exact std = r.one_of<Exact>({1, 1e-2L, 10}), ratio = most[int(x.dtype)];
-  const int64_t pattern = r.below(8), n = x.numel() / std::max<int64_t>(x.sizes[1], 1);
+  const Exact std = random_deviation(r, x.dtype), ratio = std < 1e35L || x.dtype == Dtype::float64 ? most[int(x.dtype)] : 0;
+  const int64_t pattern = ratio > 0 ? r.below(8) : 4, n = x.numel() / std::max<int64_t>(x.sizes[1], 1);
   for (int64_t i = 0; i < x.numel(); i += n) {
     const Exact mean = std * ratio * r.one_of<Exact>({0, 1e-4L, 0.1L, 1, -1});
     for (int64_t j = 0; j < n; ++j) {
@@ -96,6 +103,7 @@ struct Case {
   Array x, dy, like, mean, var, weight, bias;  // like: what results look like
   bool has_weight, has_bias, has_running, cumulative;
   double momentum, eps;
+  Exact steepness;  // the size of dy
   int64_t channels, count, batches, row;  // row: doubles from one packed set to the next
   std::vector<Moments> own, all;          // per channel: of x, and of all sets
   std::vector<double> sets, means, invstds, sums;
@@ -142,7 +150,7 @@ inline void random_parameters(Case& c) {
     c.means.push_back(double(m.mean));
     c.invstds.push_back(double(1 / std::sqrt(m.m2 / std::max<Exact>(m.count, 1) + c.eps)));
   }
-  for (int64_t j = 0; j < 2 * c.channels; ++j) c.sums.push_back(double(Exact(c.count) * r.normal()));
+  for (int64_t j = 0; j < 2 * c.channels; ++j) c.sums.push_back(double(Exact(c.count) * c.steepness * r.normal()));
 }
 
 inline Case random_case(uint64_t seed, int number) {
@@ -162,7 +170,8 @@ inline Case random_case(uint64_t seed, int number) {
   c.like = Array(c.dtype, sizes, r.chance(20) ? c.x.strides : strides, r.below(2));
   c.channels = sizes[1], c.count = c.x.numel() / c.channels;
   fill(r, c.x);
-  for (int64_t i = 0; i < c.dy.numel(); ++i) c.dy.set(i, r.normal() + 0.5L);
+  c.steepness = c.dtype == Dtype::float16 ? 1 : r.one_of<Exact>({1, 1, 1, 1e-12L, 1e12L});
+  for (int64_t i = 0; i < c.dy.numel(); ++i) c.dy.set(i, c.steepness * (r.normal() + 0.5L));
   random_parameters(c);
   c.name = "case " + std::to_string(number) + ": " + format(c.dtype).name + " " + text(sizes) + " " +
            kind_names[kind] + ", strides x " + text(c.x.strides) + " dy " + text(dy) + " result " +

@@ -52,7 +52,7 @@ void judge_running(Judge& j, const Output& o, const std::vector<Moments>& expect
     const Exact unbiased = m.m2 / std::max<Exact>(m.count - 1, 1);
     auto follows = [&](const char* what, const Array& old, const Array& now, Exact to, Exact error) {
       Exact next = old.get(k) + (moves ? step * (to - old.get(k)) : 0);
-      if (old.dtype == Dtype::float16 && std::fabs(next) >= 65520) next *= INFINITY;
+      if (std::fabs(next) >= overflow(old.dtype)) next *= INFINITY;
       j.close(what, k, now.get(k), next, moves ? error + 2 * last_place(old.dtype, next) : 0);
     };
     const Exact slack = 1e-15L * std::fabs(c.mean.get(k));

@@ -35,6 +35,11 @@ inline Exact last_place(Dtype d, Exact v) {
   return rounding(d) * std::fabs(v) + std::ldexp(Exact(1), format(d).least - format(d).digits);
 }
 
+// From here on a value is rounded to infinity.
+inline Exact overflow(Dtype d) {
+  return std::ldexp(2 - rounding(d), 1 - format(d).least);
+}
+
 inline Exact decode_short(uint16_t bits, const Format& f) {
   const int places = f.digits - 1, exponent = (bits & 0x7fff) >> places;
   const int fraction = bits & ((1 << places) - 1);

@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 from .. import reproducible
-from ..moments import Moments, merge, unpack, wide_dtype
+from ..moments import Moments, inverse_deviation, merge, unpack, wide_dtype
 
 NAME = "composite"
 
@@ -47,11 +47,14 @@ def measure(x: Tensor, mask: Tensor | None = None) -> Tensor:
     divisor = count.clamp_min(1)
     values = _arithmetic(x)
     shift = (_sum(values.detach(), wide) / divisor).to(values.dtype)
+    shift = shift.nan_to_num(0, 0, 0)  # of ∞ the differences would be no numbers, of anything ∞
     centred = values - _per_channel(shift, x)
     if mask is not None:
         centred = torch.where(mask.unsqueeze(1), centred, 0.0)
     delta = _sum(centred, wide) / divisor
-    m2 = _sum(centred.square(), wide) - count * delta.square()
+    # delta is small against the deviation: where its square is infinite, the sum is more so.
+    lacking = (count * delta.square()).clamp_max(torch.finfo(wide).max)
+    m2 = _sum(centred.square(), wide) - lacking
     # Where rounding makes it negative, it is zero, but its derivatives are those of a square.
     m2 = torch.where(m2 < 0, m2 - m2.detach(), m2)
     return Moments(count, shift.to(wide) + delta, m2).pack()
@@ -76,8 +79,9 @@ def normalise(
     num_batches_tracked counts this batch, in its own dtype. Returns y like x, and per channel mean
     and invstd (C,) and count ().
     """
-    count, mean, m2 = merge(unpack(sets))
-    invstd = (m2 / count.clamp_min(1) + eps).rsqrt()
+    merged = merge(unpack(sets))
+    count, mean, m2 = merged
+    invstd = inverse_deviation(merged, eps)
     with torch.no_grad():
         if num_batches_tracked is not None:
             num_batches_tracked.add_(1)
@@ -126,11 +130,15 @@ def input_gradient(
     shift = mean.to(values.dtype)
     scale = invstd if weight is None else invstd * weight.to(invstd.dtype)
     average, projection = sums / count.clamp_min(1)
-    slope = -projection * invstd * scale
-    offset = (shift.to(mean.dtype) - mean) * slope - average * scale
+    slope = -projection * invstd
+    offset = ((shift.to(mean.dtype) - mean) * slope - average) * scale
     centred = values - _per_channel(shift, x)
-    through_statistics = torch.addcmul(_per_channel(offset, x), centred, _per_channel(slope, x))
-    dx = torch.addcmul(through_statistics, _arithmetic(dy), _per_channel(scale, x))
+    # The scale comes last: its product with the slope has the square of invstd, which underflows.
+    if dy.stride() == x.stride():
+        projected = torch.addcmul(_arithmetic(dy), centred, _per_channel(slope, x))
+    else:  # the same, but for the order of dimensions: addcmul's is that of its first operand
+        projected = centred * _per_channel(slope, x) + _arithmetic(dy)
+    dx = torch.addcmul(_per_channel(offset, x), projected, _per_channel(scale, x))
     return dx.to(x.dtype)
 
 
