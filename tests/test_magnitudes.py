@@ -199,6 +199,7 @@ def odd_batch(name, dtype, where, shape=(12, 3, 4, 5)):
         torch.linspace(0, 2, shape[1], dtype=torch.float64),
         torch.ones(shape[1], dtype=torch.float64),
     )
+    old[0][1] = old[1][1] = float("inf")
     return x.to(dtype), old
 
 
