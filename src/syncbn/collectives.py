@@ -18,30 +18,34 @@ _LEVELS = 64  # of vmap inside each other, at most
 
 def gather(tensor: Tensor, comm: Communicator) -> Tensor:
     """``comm.all_gather(tensor)``."""
-    return _of_all_elements(_AllGather, tensor, comm, place=1)
+    return _of_all_elements(_AllGather, tensor, comm)
 
 
 def reduce(tensor: Tensor, comm: Communicator) -> Tensor:
     """``comm.all_reduce(tensor)``."""
-    return _of_all_elements(_AllReduce, tensor, comm, place=0)
+    return _of_all_elements(_AllReduce, tensor, comm)
 
 
-def _of_all_elements(collective: Any, tensor: Tensor, comm: Communicator, place: int) -> Tensor:
-    """What the collective makes of ``tensor``, whose batch is dimension ``place`` of the result.
+def _of_all_elements(collective: Any, tensor: Tensor, comm: Communicator) -> Tensor:
+    """What the collective makes of ``tensor`` and of the batch that hides in it.
 
-    The batch of ``is_grads_batched`` hides in the tensor, and an autograd.Function would lose what
-    is to be differentiated there. It has no name but its level, of which a tensor that has none
-    gets as many elements as it is told, here none.
+    The batch of ``is_grads_batched`` does, and an autograd.Function would lose what is to be
+    differentiated there. It has no name but its level, of which a tensor that has none gets as many
+    elements as it is told, here none.
     """
+    if not _is_batched(tensor):
+        result: Tensor = collective.apply(tensor, comm)
+        return result
     levels: list[int] = []
-    if _is_batched(tensor):
-        for level in range(_LEVELS, 0, -1):
-            whole = torch._remove_batch_dim(tensor, level, 0, 0)
-            if len(whole):
-                tensor, levels = whole, [level, *levels]
-    result: Tensor = collective.apply(tensor, _Batches(comm) if levels else comm)
+    for level in range(_LEVELS, 0, -1):
+        whole = torch._remove_batch_dim(tensor, level, 0, 0)
+        if len(whole):
+            tensor, levels = whole, [level, *levels]
+    result = collective.apply(tensor, _Batches(comm))
+    if collective is _AllGather:  # the batch must be outermost, in memory too
+        result = result.movedim(0, len(levels)).contiguous()
     for level in levels:  # from the lowest, as they must lie
-        result = torch._add_batch_dim(result, place, level)
+        result = torch._add_batch_dim(result, 0, level)
     return result
 
 

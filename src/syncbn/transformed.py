@@ -19,7 +19,7 @@ from .comm import LOCAL, Communicator, Replica, refuse_join, resolve
 from .differentiable import tie
 from .kernels import composite
 from .masks import blank, check_mask
-from .transforms import any_element_is_one, check_not_transforming
+from .transforms import any_element_is_one, check_not_recording, check_not_transforming
 
 
 def transformed(
@@ -47,6 +47,7 @@ def transformed(
         check_not_transforming()
     if comm.size > 1:
         refuse_join()
+        check_not_recording()
     rest = (weight, bias, running_mean, running_var, num_batches_tracked, momentum, eps)
     if mask is None:
         return _in_steps(input, mask, *rest, comm)

@@ -77,3 +77,13 @@ def check_not_transforming() -> None:
             "differentiation in the forward of a replica of syncbn.DataParallel, got one; put it "
             "around the DataParallel, or use DistributedDataParallel"
         )
+
+
+def check_not_recording() -> None:
+    """Refuse to communicate while operations are recorded, to be run again without their peers."""
+    if torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None:
+        raise RuntimeError(
+            "sync_batch_norm: expected operations over ranks to run in this transform, got one "
+            "that records them to run later (torch.func.linearize, make_fx), in which messages "
+            "would be left out; use torch.func.jvp, or torch.compile"
+        )
