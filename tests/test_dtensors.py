@@ -184,6 +184,27 @@ def test_one_graph(ranks, distributed):
         assert state["num_batches_tracked"] == 1
 
 
+@pytest.mark.parametrize("placement", PLACEMENTS[:2], ids=str)
+def test_second_derivatives(ranks, placement):
+    x, dy = batch(torch.float64)
+
+    def second(layer, x, dy):
+        x = x.detach().requires_grad_()
+        loss = (layer(x).tanh() * dy).sum()
+        (gradient,) = torch.autograd.grad(loss, x, create_graph=True)
+        gradient.square().sum().backward()
+        return full(x.grad)
+
+    def run(rank):
+        mesh = init_device_mesh("cpu", (2,))
+        layer = syncbn.SyncBatchNorm2d(6, dtype=torch.float64)
+        return second(layer, *(placed(t, mesh, placement) for t in (x, dy)))
+
+    expected = second(nn.BatchNorm2d(6, dtype=torch.float64), x, dy)
+    for found in ranks(2, run):
+        torch.testing.assert_close(found, expected)
+
+
 def message(call, *args):
     with pytest.raises((TypeError, ValueError)) as caught:
         call(*args)

@@ -12,6 +12,7 @@ import torch
 from compiling import compiled, one_graph_only
 from layers import Silent, saved_and_loaded
 from torch import nn
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
@@ -175,6 +176,22 @@ def test_training_under_a_loss_scaler_goes_on(ranks, half):
     assert torch.equal(buffers[1]["running_var"], buffers[0]["running_var"])
     assert all(b["running_var"].isfinite().all() for b in buffers)
     assert finite
+
+
+def test_sharded_parameters(ranks):
+    def run(rank):
+        model = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3))
+        fully_shard(syncbn.convert(model, skip_nonfinite=True))
+        for bad in (False, True, False):
+            x = torch.randn(4, 3)
+            x[0, 0] += torch.inf if bad and rank == 1 else 0.0
+            model(x).sum().backward()
+        return state(model[1])
+
+    first, second = ranks(2, run)
+    torch.testing.assert_close(first, second, rtol=0, atol=0)
+    assert first["running_var"].isfinite().all()
+    assert (first["num_batches_tracked"], first["num_batches_skipped"]) == (2, 1)
 
 
 @pytest.mark.parametrize("devices", [1, 2, 3])

@@ -71,7 +71,7 @@ def skip_nonfinite(layer: nn.Module, skip: bool) -> None:
         layer._buffers.pop("num_batches_skipped", None)
         layer._non_persistent_buffers_set.discard("num_batches_skipped")
     elif not skips_nonfinite(layer):
-        tracked = layer._buffers["num_batches_tracked"]
+        tracked = layer._buffers.get("num_batches_tracked")
         like = torch.zeros(()) if tracked is None else tracked
         skipped = torch.zeros_like(like, dtype=torch.int64)
         layer.register_buffer("num_batches_skipped", skipped, persistent=False)
