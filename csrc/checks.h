@@ -55,7 +55,7 @@ constexpr int64_t bytes_of[dtypes] = {4, 8, 2, 2};
 inline double* data(const Tensor& t) { return static_cast<double*>(t.data_ptr()); }
 
 // Refuses t, of elements of `bytes` each, where its storage ends before its sizes and strides do.
-// As checks.py, which looks first wherever a message would be sent before these operators run.
+// As checks.py, which looks first wherever a message goes out before an operator would.
 inline void check_held(const char* what, const Tensor& t, int64_t bytes) {
   int64_t held, end;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_size(t.get(), &held));

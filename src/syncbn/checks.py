@@ -88,30 +88,35 @@ def check_input(input: Tensor) -> None:
 
 def check_held(named: dict[str, Tensor | None], operation: str = "sync_batch_norm") -> None:
     """Refuse tensors whose storage ends before their sizes and strides do: it was freed since."""
-    if torch.compiler.is_compiling():
-        return
     for name, tensor in named.items():
-        if tensor is None:
-            continue
-        try:
-            held = tensor.untyped_storage().nbytes()
-        except NotImplementedError:  # a wrapper, as inside torch.func's transforms
-            continue
-        needed = tensor.storage_offset() * tensor.itemsize + tensor.nbytes
-        if not tensor.is_contiguous():
-            needed = _end(tensor) * tensor.itemsize
-        if held < needed and tensor.numel() > 0:
+        if tensor is not None and not _is_held(tensor):
             raise RuntimeError(
                 f"{operation}: expected {name} with its values in memory, got a storage of "
-                f"{held} bytes where it needs {needed}; it was freed or shrunk, as sharding and "
-                "offloading do: gather it or bring it back first"
+                f"{tensor.untyped_storage().nbytes()} bytes where it needs {_needed(tensor)}; it "
+                "was freed or shrunk, as sharding and offloading do: gather it or bring it back "
+                "first"
             )
 
 
-def _end(tensor: Tensor) -> int:
-    """The place after a tensor's last value, in its storage."""
+def _is_held(tensor: Tensor) -> bool:
+    if torch.compiler.is_compiling():  # there are no values yet
+        return True
+    try:
+        held = tensor.untyped_storage().nbytes()
+    except NotImplementedError:  # a wrapper, as inside torch.func's transforms
+        return True
+    if held == tensor.nbytes and tensor.is_contiguous() and not tensor.storage_offset():
+        return True  # as mostly: in half the time
+    return held >= _needed(tensor)
+
+
+def _needed(tensor: Tensor) -> int:
+    """How many bytes of a storage sizes and strides reach."""
+    if not tensor.numel():
+        return 0
     pairs = zip(tensor.shape, tensor.stride(), strict=True)
-    return int(tensor.storage_offset()) + 1 + sum((size - 1) * stride for size, stride in pairs)
+    last = int(tensor.storage_offset()) + sum((size - 1) * stride for size, stride in pairs)
+    return (last + 1) * tensor.itemsize
 
 
 def check_shape(name: str, shape: tuple[int, ...], input: Tensor) -> None:
@@ -136,19 +141,19 @@ def check_tensors(
     """Refuse tensors that aren't (C,), floating and on the device of input (N, C, *)."""
     check_input(input)
     shape, device = input.shape[1:2], input.device
-    named = {
-        "running_mean": running_mean,
-        "running_var": running_var,
-        "weight": weight,
-        "bias": bias,
-    }
-    for name, tensor in named.items():
+    for name, tensor in (
+        ("running_mean", running_mean),
+        ("running_var", running_var),
+        ("weight", weight),
+        ("bias", bias),
+    ):
         if tensor is not None and not (
             isinstance(tensor, Tensor)
             and tensor.shape == shape
             and tensor.device == device
             and tensor.dtype in FLOATING
             and (is_dtensor(input) or not is_dtensor(tensor))
+            and _is_held(tensor)
         ):
             _refuse(name, tensor, input)
     if (running_mean is None) != (running_var is None):
@@ -156,7 +161,6 @@ def check_tensors(
             "sync_batch_norm: expected running_mean and running_var both or neither, got only "
             f"running_{'var' if running_mean is None else 'mean'}"
         )
-    check_held(named)
     if num_batches_tracked is not None:
         _check_counter(num_batches_tracked, device, momentum is None)
 
@@ -174,6 +178,7 @@ def _refuse(name: str, tensor: Any, input: Tensor) -> None:
             f"sync_batch_norm: expected {name} as a plain tensor, as the input is, got a DTensor; "
             "distribute the input, too, or take its full_tensor()"
         )
+    check_held({name: tensor})
     raise ValueError(
         f"sync_batch_norm: expected {name} on the input's device {input.device}, got "
         f"{tensor.device}; move one of them with .to()"
