@@ -55,9 +55,7 @@ def measure(x: Tensor, mask: Tensor | None = None) -> Tensor:
     # delta is small against the deviation: where its square is infinite, the sum is more so.
     lacking = (count * delta.square()).clamp_max(torch.finfo(wide).max)
     m2 = _sum(centred.square(), wide) - lacking
-    # Where rounding makes it negative, it is zero, but its derivatives are those of a square.
-    m2 = torch.where(m2 < 0, m2 - m2.detach(), m2)
-    return Moments(count, shift.to(wide) + delta, m2).pack()
+    return Moments(count, shift.to(wide) + delta, m2.clamp_min(0)).pack()
 
 
 def normalise(
