@@ -13,7 +13,7 @@ SOURCE = Path(syncbn.__file__).parent
 CSRC = Path(__file__).parents[1] / "csrc"
 # From the ground up. A room imports from rooms on floors below its own, never from its own floor.
 FLOORS = (
-    {"transforms"},
+    {"layout", "transforms"},
     {"_version", "checks", "graphs", "moments", "names", "nested", "quantisation", "recomputation"},
     {"empty", "masks", "reproducible", "scatter", "tracking", "transfer"},
     {"comm", "kernels"},

@@ -9,6 +9,7 @@ from cases import Case, laid_out, layouts, strides
 
 from syncbn import kernels
 from syncbn.kernels import composite, native
+from syncbn.layout import samples_apart
 from syncbn.moments import unpack
 
 IMPLEMENTATIONS = [composite, *([native] if native.available() else [])]
@@ -208,7 +209,7 @@ def test_samples_are_added_up_to_the_whole(
 ):
     case = Case(split=(6,), channels=150, spatial=(3, 5), dtype=dtype, offset=offset)
     x, dy, *_ = case.batch()
-    x, dy = laid_out(x, x_layout), laid_out(dy, dy_layout)
+    x, dy = samples_apart(laid_out(x, x_layout)), samples_apart(laid_out(dy, dy_layout))
     lengths = None if lengths is None else torch.tensor(lengths)
     k = implementation
     received = torch.stack([k.measure_samples(x, lengths), k.measure_samples(x[:0], None)])
@@ -236,13 +237,29 @@ def test_samples_of_rows_in_any_place(implementation, dtype):
     lengths, k = torch.tensor([5, 0, 1, 6]), implementation
     mean, invstd = torch.randn(5, dtype=torch.float64), torch.rand(5, dtype=torch.float64)
     close = {"rtol": 1e-5, "atol": 1e-5}
-    for place in (x, wide):
+    for place in map(samples_apart, (x, wide)):
         moments = k.merge_samples(k.measure_samples(place, lengths)[None])
         torch.testing.assert_close(moments[0], k.measure(x), **close)
         for gradient in (dy, dy.t().contiguous().t(), dy[:1].expand(12, 5)):
-            sent = k.gradient_sums_samples(gradient, place, mean, invstd, lengths)
+            apart = samples_apart(gradient)
+            sent = k.gradient_sums_samples(apart, place, mean, invstd, lengths)
             expected = k.gradient_sums(gradient.contiguous(), x, mean, invstd)
             torch.testing.assert_close(k.total_samples(sent[None]), expected, **close)
+
+
+@pytest.mark.parametrize("layout", ["strided", "transposed", "batch_inside"])
+def test_samples_that_do_not_lie_apart_are_refused(implementation, layout):
+    """Their bits might depend on how many there are."""
+    x = torch.randn(4, 3, 5, 6)
+    other, k, statistics = laid_out(x, layout), implementation, torch.rand(2, 3).double()
+    words = r"expected samples that lie one after the other without gaps, got strides \(.*apart\(\)"
+    with pytest.raises(ValueError, match="measure_samples: " + words):
+        k.measure_samples(other, None)
+    for pair in ((x, other), (other, x)):
+        with pytest.raises(ValueError, match="gradient_sums_samples: " + words):
+            k.gradient_sums_samples(*pair, *statistics, None)
+    assert torch.equal(samples_apart(other), x)
+    k.measure_samples(samples_apart(other), None)
 
 
 @pytest.mark.skipif(not native.available(), reason="needs the compiled operators")

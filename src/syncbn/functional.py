@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from . import dtensors, local
@@ -20,8 +19,9 @@ from .checks import (
 from .comm import LOCAL, Replica, refuse_join, resolve
 from .joint import together
 from .kernels import serving
+from .layout import lie_apart, samples_apart, torchs_batch_norm, with_gradient_like
 from .masks import blank, check_mask, pack, unpack
-from .share import ReproducibleShare, Share, samples_apart
+from .share import ReproducibleShare, Share
 from .tracking import begin_update
 from .transformed import transformed
 from .transforms import check_movable, transforming
@@ -151,8 +151,8 @@ def _where_it_counts(input: Tensor, mask: Tensor, training: bool, *rest: Any) ->
     check_mask(mask, input)
     dtensors.check_options_of_dtensor(is_dtensor(input), False)
     if not training:
-        return blank(_whole(blank(input, mask), None, *rest), mask)
-    values, lengths = pack(input, mask)
+        return blank(_whole(blank(with_gradient_like(input), mask), None, *rest), mask)
+    values, lengths = pack(with_gradient_like(input), mask)
     return unpack(_whole(values, lengths, *rest), input, mask)
 
 
@@ -213,9 +213,11 @@ def _whole(
             refuse_join()
         kernels = serving(input)
         if reproducible:
-            laid = samples_apart(input)
-            y = synchronised(laid, *rest, ReproducibleShare(comm, kernels, lengths))
-            return y if laid is input else torch.empty_like(input).copy_(y)
+            share = ReproducibleShare(comm, kernels, lengths)
+            if lie_apart(input):
+                return synchronised(input, *rest, share)
+            y = synchronised(samples_apart(with_gradient_like(input)), *rest, share)
+            return torch.empty_like(input).copy_(y)
         return synchronised(input, *rest, Share(comm, kernels))
     if mixed:
         wide = torch.float64 if input.dtype == torch.float64 else torch.float32
@@ -225,7 +227,9 @@ def _whole(
         )
     if momentum is None:
         momentum = 0.0 if num_batches_tracked is None else 1 / float(num_batches_tracked + 1)
-    y = F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
+    y = torchs_batch_norm(
+        *(input, running_mean, running_var, weight, bias, training, momentum, eps)
+    )
     if num_batches_tracked is not None:
         num_batches_tracked.add_(1)
     return y

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from .comm import Communicator
 from .kernels import Kernels
+from .layout import samples_apart
 
 
 class Share:
@@ -35,26 +35,6 @@ class Share:
         """(Σdy, Σdy·x̂) per channel (2, C): this rank's, and all ranks' together."""
         local = self.kernels.gradient_sums(dy, x, mean, invstd)
         return local, self.comm.all_reduce(local)
-
-
-def samples_apart(x: Tensor) -> Tensor:
-    """x (N, C, *), or a copy of it where its samples don't lie one after the other, without gaps.
-
-    The order of the dimensions within a sample stays, except in a compiled graph, whose strides may
-    be symbols, which have no order. So what a kernel makes of a sample does not depend on how many
-    others a rank has, as it would where strides depend on their number.
-    """
-    if x.is_contiguous() or torch.compiler.is_compiling():
-        return x.contiguous()
-    strides = x.stride()
-    inner = sorted(range(1, x.dim()), key=lambda d: (x.shape[d] == 1, -strides[d]))
-    outermost = x.permute(0, *inner)
-    if outermost.is_contiguous():
-        return x
-    back = [0] * x.dim()
-    for place, d in enumerate(inner, 1):
-        back[d] = place
-    return outermost.contiguous().permute(back)
 
 
 class ReproducibleShare(Share):

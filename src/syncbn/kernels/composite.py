@@ -31,6 +31,7 @@ import torch
 from torch import Tensor
 
 from .. import reproducible
+from ..layout import check_samples
 from ..moments import Moments, inverse_deviation, merge, unpack, wide_dtype
 
 NAME = "composite"
@@ -144,7 +145,10 @@ def measure_samples(x: Tensor, lengths: Tensor | None) -> Tensor:
     """The representation (1 + 12C,) of x's moments, each sample measured by itself.
 
     See :mod:`syncbn.reproducible`. A sample is an element of dimension 0, or lengths (N,) of them.
+    Raises ValueError unless samples lie one after the other without gaps; the bits depend on the
+    order in memory of the dimensions within a sample.
     """
+    check_samples("measure_samples", x)
     packed = [measure(sample) for sample in _samples(x, lengths)]
     return reproducible.represent_moments(torch.stack(packed))
 
@@ -157,7 +161,11 @@ def merge_samples(received: Tensor) -> Tensor:
 def gradient_sums_samples(
     dy: Tensor, x: Tensor, mean: Tensor, invstd: Tensor, lengths: Tensor | None
 ) -> Tensor:
-    """The representation (6, 2C) of the gradient sums, each sample's summed by itself."""
+    """The representation (6, 2C) of the gradient sums, each sample's summed by itself.
+
+    What :func:`measure_samples` demands of x, it demands of dy too.
+    """
+    check_samples("gradient_sums_samples", dy, x)
     pairs = zip(_samples(dy, lengths), _samples(x, lengths), strict=True)
     sums = [gradient_sums(*pair, mean, invstd).flatten() for pair in pairs]
     return reproducible.represent(torch.stack(sums))

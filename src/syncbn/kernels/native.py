@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from ..layout import check_samples
 from ..reproducible import NUMBERS
 
 NAME = "native"
@@ -112,6 +113,8 @@ def input_gradient(
 
 
 def measure_samples(x: Tensor, lengths: Tensor | None) -> Tensor:
+    """As composite's; the same demands on x, whose samples must lie apart."""
+    check_samples("measure_samples", x)
     represented: Tensor = _ops.measure_samples.default(x, lengths)
     return represented
 
@@ -124,6 +127,8 @@ def merge_samples(received: Tensor) -> Tensor:
 def gradient_sums_samples(
     dy: Tensor, x: Tensor, mean: Tensor, invstd: Tensor, lengths: Tensor | None
 ) -> Tensor:
+    """As composite's; the same demands on dy and x, whose samples must lie apart."""
+    check_samples("gradient_sums_samples", dy, x)
     represented: Tensor = _ops.gradient_sums_samples.default(dy, x, mean, invstd, lengths)
     return represented
 

@@ -1,0 +1,99 @@
+"""Strides: results and gradients keep the order of their input's dimensions in memory.
+
+torch's own operator, indexing and copies lose it, but for contiguous and channels_last.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import batch_norm
+
+
+def torchs_batch_norm(x: Tensor, *options: Any) -> Tensor:
+    """torch.nn.functional.batch_norm, whose result and gradient have the strides of x."""
+    if is_usual(x):
+        return batch_norm(x, *options)
+    return laid(strides_like(x), batch_norm(with_gradient_like(x), *options))
+
+
+def is_usual(x: Tensor) -> bool:
+    """Whether torch's operator keeps the layout of x, or nobody sees which one it has."""
+    if x.is_contiguous() or x.is_meta or torch.compiler.is_compiling():
+        return True
+    if x.dim() in (4, 5) and x.is_contiguous(memory_format=_CHANNELS_LAST[x.dim() - 4]):
+        return True
+    tracing: bool = torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
+    return tracing or torch._C._are_functorch_transforms_active()
+
+
+_CHANNELS_LAST = torch.channels_last, torch.channels_last_3d
+
+
+def strides_like(x: Tensor) -> tuple[int, ...]:
+    """Those of torch.empty_like(x)."""
+    return torch.empty_like(x, device="meta").stride()
+
+
+def laid(strides: tuple[int, ...], values: Tensor) -> Tensor:
+    """values with these strides: a copy, unless it has them."""
+    if values.stride() == strides:
+        return values
+    return values.new_empty_strided(values.shape, strides).copy_(values)
+
+
+def with_gradient_like(x: Tensor) -> Tensor:
+    """x, as a view whose gradient gets the strides of torch.empty_like(x)."""
+    active = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    if active or not (torch.is_grad_enabled() and x.requires_grad):
+        return x
+    view, strides = x.view_as(x), strides_like(x)
+
+    def lay(gradient: Tensor | None) -> Tensor | None:  # None: zero, in a higher derivative
+        return None if gradient is None else laid(strides, gradient)
+
+    view.register_hook(lay)  # type: ignore[no-untyped-call]
+    return view
+
+
+def lie_apart(x: Tensor) -> bool:
+    """Whether the samples of x (N, C, *) lie one after the other, without gaps."""
+    return x.is_contiguous() or (
+        not torch.compiler.is_compiling() and x.permute(0, *_order_within(x)).is_contiguous()
+    )
+
+
+def samples_apart(x: Tensor) -> Tensor:
+    """x (N, C, *), or a copy of it whose samples :func:`lie_apart`.
+
+    The order of the dimensions within a sample stays, except in a compiled graph, whose strides may
+    be symbols, which have no order. So what a kernel makes of a sample does not depend on how many
+    others a rank has, as it would where strides depend on their number. It does depend on the order
+    of the dimensions, which ranks must share.
+    """
+    if lie_apart(x):
+        return x
+    if torch.compiler.is_compiling():
+        return x.contiguous()
+    order = (0, *_order_within(x))
+    back = sorted(range(x.dim()), key=order.__getitem__)
+    return x.permute(order).contiguous().permute(back)
+
+
+def _order_within(x: Tensor) -> list[int]:
+    """The dimensions of a sample, from the outermost; those of size one last."""
+    strides = x.stride()
+    return sorted(range(1, x.dim()), key=lambda d: (x.shape[d] == 1, -strides[d]))
+
+
+def check_samples(operator: str, *tensors: Tensor) -> None:
+    """Refuse what the reproducible operators cannot promise anything for."""
+    for x in tensors:
+        if not lie_apart(x):
+            raise ValueError(
+                f"{operator}: expected samples that lie one after the other without gaps, got "
+                f"strides {tuple(x.stride())} for shape {tuple(x.shape)}; lay them out with "
+                "samples_apart(), so that no bit depends on how many there are"
+            )
