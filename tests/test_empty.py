@@ -110,3 +110,12 @@ def test_other_errors_and_copies_of_a_watched_model():
         assert not torch.equal(twin(torch.ones(1, 3)), model(torch.ones(1, 3)))
     steps.close()
     assert "forward" not in vars(model)
+
+
+def test_replicas_of_a_watched_model_normalise_together():
+    model = syncbn.convert(nn.Sequential(nn.BatchNorm1d(3)))
+    parallel = syncbn.DataParallel(model, ["cpu"] * 2)
+    steps = iter(syncbn.until_all_done([torch.ones(0, 3), torch.randn(6, 3)], model=model))
+    next(steps)
+    x = next(steps)
+    torch.testing.assert_close(parallel(x), nn.functional.batch_norm(x, None, None, training=True))

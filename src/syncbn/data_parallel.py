@@ -15,6 +15,7 @@ from torch.nn.parameter import is_lazy
 
 from .checks import check_held
 from .comm import Crew, Replica, refused_group, resolve
+from .empty import forget_original
 from .modules import SyncBatchNorm
 from .scatter import gather, scatter
 from .transforms import transforming
@@ -176,7 +177,7 @@ def _run(
     replicas = _replicate(module, devices)
     for rank, replica in enumerate(replicas):
         for name, layer in replica.named_modules():
-            vars(layer).pop("_compiled_call_impl", None)  # it would run the original
+            forget_original(layer)
             if isinstance(layer, SyncBatchNorm):
                 layer.process_group = Replica(crew, rank, f"layer {name!r}" if name else "module")
     places = [_place(device) for device in devices]
@@ -246,5 +247,4 @@ def _replica(module: ModuleT, device: torch.device, first: bool) -> ModuleT:
                 check_held({name: buffer}, "DataParallel")
                 copy = buffer.to(device, copy=not first)
                 setattr(replica, name, moved.setdefault(id(buffer), copy))
-    found: ModuleT = copies[module]
-    return found
+    return copies[module]  # type: ignore[no-any-return]

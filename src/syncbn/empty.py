@@ -66,7 +66,7 @@ class EmptyBatchError(RuntimeError):
 def named_failures(model: nn.Module) -> Iterator[None]:
     """While open, errors of ``model``'s layers on empty input name the layer."""
     before = vars(model).get("forward")
-    vars(model)["forward"] = _Named(model, model.forward)
+    vars(model)["forward"] = Watched(model, model.forward)
     try:
         yield
     finally:
@@ -75,7 +75,7 @@ def named_failures(model: nn.Module) -> Iterator[None]:
             vars(model)["forward"] = before
 
 
-class _Named:
+class Watched:
     """A model's forward that watches its layers while it runs. Copies and pickles don't watch."""
 
     def __init__(self, model: nn.Module, forward: Callable[..., Any]) -> None:
@@ -104,6 +104,13 @@ class _Named:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return getattr, (self.model, "forward")
+
+
+def forget_original(replica: nn.Module) -> None:
+    """Take from a shallow copy of a module what would run the module itself instead of the copy."""
+    vars(replica).pop("_compiled_call_impl", None)
+    if isinstance(vars(replica).get("forward"), Watched):
+        del vars(replica)["forward"]
 
 
 def _closed(layer: nn.Module) -> bool:
