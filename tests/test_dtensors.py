@@ -122,6 +122,7 @@ def test_what_is_sharded_stays_sharded(ranks):
     assert all(all(found) for found in ranks(2, run))
 
 
+@pytest.mark.slow
 def test_two_dimensions_of_a_mesh(ranks):
     x, dy = batch()
 

@@ -103,12 +103,12 @@ def test_other_losses_on_each_rank_under_fsdp2(ranks):
     assert_all_whole(ranks(2, run))
 
 
-@pytest.mark.parametrize("size", [2, 4, 9])
-@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize(
+    ("size", "compiled"),
+    [(2, False), (2, True), (4, False), pytest.param(9, False, marks=pytest.mark.slow)],
+)
 def test_the_users_own_calls_between_the_layers(ranks, size, compiled):
     """Some ranks call before the layer's forward, others between it and its backward."""
-    if compiled and size > 2:
-        pytest.skip("compiling takes long, and does not depend on the number of ranks")
 
     def run(rank):
         model = headed()

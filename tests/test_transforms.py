@@ -116,8 +116,15 @@ def packed(layer, parameters, x, mask):
     return (chosen.T @ y).reshape(*mask.shape, -1).movedim(-1, 1)
 
 
-@pytest.mark.parametrize("option", OPTIONS)
-@pytest.mark.parametrize("name", TRANSFORMS)
+def cases():
+    """Every transform with every option: in the quick run with every third, all in turn."""
+    for place, name in enumerate(TRANSFORMS):
+        for turn, option in enumerate(OPTIONS):
+            marks = pytest.mark.slow if (place + turn) % 3 else ()
+            yield pytest.param(name, option, marks=marks, id=f"{name}-{option}")
+
+
+@pytest.mark.parametrize(("name", "option"), cases())
 def test_every_option_under_every_transform(name, option):
     ours, torchs, formula, args = functions(option)
     transform = TRANSFORMS[name]

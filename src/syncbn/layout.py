@@ -23,13 +23,10 @@ def is_usual(x: Tensor) -> bool:
     """Whether torch's operator keeps the layout of x, or nobody sees which one it has."""
     if x.is_contiguous() or x.is_meta or torch.compiler.is_compiling():
         return True
-    if x.dim() in (4, 5) and x.is_contiguous(memory_format=_CHANNELS_LAST[x.dim() - 4]):
+    if x.dim() in (4, 5) and x.movedim(1, -1).is_contiguous():  # channels_last
         return True
     tracing: bool = torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
     return tracing or torch._C._are_functorch_transforms_active()
-
-
-_CHANNELS_LAST = torch.channels_last, torch.channels_last_3d
 
 
 def strides_like(x: Tensor) -> tuple[int, ...]:
