@@ -155,6 +155,33 @@ def test_a_momentum_outside_0_to_1(momentum):
     assert built.num_batches_tracked == 0
 
 
+@pytest.mark.parametrize("eps", [float("inf"), 10**400])
+def test_an_eps_that_is_not_finite(eps):
+    with pytest.raises(ValueError, match=r"^sync_batch_norm: expected a finite eps, got "):
+        syncbn.SyncBatchNorm(3, eps=eps)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize(
+    ("form", "make"),
+    [
+        ("sparse_coo", torch.Tensor.to_sparse),
+        ("sparse_csr", lambda x: x[..., 0].to_sparse_csr()),
+        ("nested", lambda x: torch.nested.nested_tensor(list(x), layout=torch.jagged)),
+        ("mkldnn", torch.Tensor.to_mkldnn),
+    ],
+)
+def test_tensors_that_are_not_dense(form, make, training):
+    with pytest.raises(TypeError, match=f"expected a dense tensor as input, got a {form} one"):
+        function(make(torch.randn(4, 3, 2)), None, training)
+    if form == "sparse_coo":
+        for name in ("weight", "running_mean"):
+            tensors = {"running_mean": torch.zeros(3), "running_var": torch.ones(3)}
+            tensors |= {name: torch.ones(3).to_sparse()}
+            with pytest.raises(TypeError, match=f"expected {name} as a dense tensor, got a sparse"):
+                syncbn.sync_batch_norm(torch.randn(4, 3), training=training, **tensors)
+
+
 @pytest.mark.parametrize("eps", [0, 0.0, -1e-5, float("nan"), -float("inf")])
 def test_an_eps_that_is_not_positive(eps):
     built = syncbn.SyncBatchNorm2d(3)

@@ -203,3 +203,45 @@ def test_replicas_in_backward():
     y = syncbn.DataParallel(layer, ["cpu"] * 2)(x)
     free(seen[1])
     refused(lambda: y.sum().backward(), "input")
+
+
+@harms
+@pytest.mark.parametrize("name", ["input", "weight"])
+@pytest.mark.parametrize("transform", ["grad", "vmap"])
+def test_in_transforms(harm, name, transform):
+    x, weight = torch.randn(2, 4, 3) if transform == "vmap" else torch.randn(4, 3), torch.randn(3)
+    harm(x if name == "input" else weight)
+
+    def loss(x):
+        return syncbn.sync_batch_norm(x, None, None, weight).square().sum()
+
+    refused(lambda: getattr(torch.func, transform)(loss)(x), name)
+
+
+@pytest.mark.parametrize("reproducible", [False, True])
+@pytest.mark.usefixtures("implementation")
+def test_a_mask_is_its_owners_after_forward(reproducible):
+    x, mask = torch.randn(4, 3, 5), torch.rand(4, 5) < 0.7
+    gradients = []
+    for freed in (False, True):
+        layer = syncbn.SyncBatchNorm(3, reproducible=reproducible)
+        mine, given = x.clone().requires_grad_(), mask.clone()
+        y = layer(mine, given)
+        if freed:
+            free(given)
+        y.pow(3).sum().backward()
+        gradients.append(mine.grad)
+    assert torch.equal(*gradients)
+
+
+def test_a_shard_of_a_dtensor(ranks):
+    def run(rank):
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.tensor import Shard, distribute_tensor
+
+        layer = syncbn.SyncBatchNorm(3)
+        x = distribute_tensor(torch.randn(4, 3), init_device_mesh("cpu", (2,)), [Shard(0)])
+        free(x.to_local())
+        refused(lambda: layer(x), "input")
+
+    ranks(2, run)

@@ -14,7 +14,17 @@ CSRC = Path(__file__).parents[1] / "csrc"
 # From the ground up. A room imports from rooms on floors below its own, never from its own floor.
 FLOORS = (
     {"layout", "transforms"},
-    {"_version", "checks", "graphs", "moments", "names", "nested", "quantisation", "recomputation"},
+    {"storages"},
+    {
+        "_version",
+        "checks",
+        "graphs",
+        "moments",
+        "names",
+        "nested",
+        "quantisation",
+        "recomputation",
+    },
     {"empty", "masks", "reproducible", "scatter", "tracking", "transfer"},
     {"comm", "kernels"},
     {"collectives", "share"},

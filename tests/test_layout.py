@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 
 import pytest
@@ -100,3 +101,44 @@ def test_usual_layouts_cost_no_copy(monkeypatch):
     for x in (torch.randn(SHAPE), torch.randn(SHAPE).to(memory_format=torch.channels_last)):
         for layer in (PATHS["training"](), PATHS["eval"](), PATHS["reproducible ranks"]()):
             assert layer(x).stride() == x.stride()
+
+
+SINGLE = [
+    (torch.randn(1, 3, 4, 2), (0, 1, 2, 3)),
+    (torch.randn(1, 4, 2, 3), (0, 3, 1, 2)),  # channels_last
+    (torch.randn(4, 2, 3)[None], (0, 3, 1, 2)),  # one image as it is read, with other strides
+    (torch.randn(2, 3, 4, 1), (0, 1, 2, 3)),
+    (torch.randn(1, 2, 4, 2, 3), (0, 4, 1, 2, 3)),
+]
+
+
+@pytest.mark.usefixtures("chosen")
+@pytest.mark.parametrize("path", ["training", "eval", "masked eval"])
+@pytest.mark.parametrize("case", range(len(SINGLE)))
+@pytest.mark.parametrize("turned", [False, True])
+def test_gradients_where_a_stride_means_nothing(path, case, turned):
+    """torch's own operator takes one layout for another there, in x and in dy."""
+    values, order = SINGLE[case]
+    x = values.permute(order).detach()
+    if order == (0, 3, 1, 2) and case == 2:
+        x = values[0].permute(2, 0, 1)[None]
+    dy = torch.randn(x.shape)
+    if turned and x.dim() == 4:
+        dy = torch.randn(x.shape[2], x.shape[3], x.shape[1]).permute(2, 0, 1)[None].expand(x.shape)
+    mask = torch.ones(x.shape[0], *x.shape[2:], dtype=torch.bool)
+    layer = syncbn.SyncBatchNorm(3).train(path == "training")
+    plain = copy.deepcopy(layer).double()
+    results = []
+    for each, x_, dy_ in ((layer, x, dy), (plain, x.double().contiguous(), dy.double())):
+        x_ = x_.detach().requires_grad_()
+        n = x_ if path == "masked eval" else None
+        y = each(x_, mask) if n is not None else each(x_)
+        if each is plain:  # the formula
+            dims = (0, *range(2, x.dim()))
+            mean, var = x_.new_zeros(1), x_.new_ones(1)
+            if path == "training":
+                mean, var = x_.mean(dims, keepdim=True), x_.var(dims, False, keepdim=True)
+            y = (x_ - mean) / (var + each.eps).sqrt() * each.weight.view(-1, *[1] * (x.dim() - 2))
+        y.backward(dy_)
+        results.append([x_.grad.double(), each.weight.grad.double()])
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4)

@@ -6,6 +6,8 @@ import datetime
 import gc
 import subprocess
 import sys
+import threading
+import time
 import weakref
 
 import pytest
@@ -146,18 +148,15 @@ def test_until_all_done_has_calls_of_its_own(ranks):
 
 
 def test_a_group_of_some_ranks_is_cloned_by_them_alone(ranks):
-    """And what torch derives from the number of groups stays the same on all ranks."""
-
     def run(rank):
+        known = dist.distributed_c10d._world.pg_names
         pairs = [dist.new_group([0, 1]), dist.new_group([2, 3])]
         layer = syncbn.SyncBatchNorm1d(2, momentum=1.0, process_group=pairs[rank // 2])
         if rank < 2:
             layer(torch.full((1, 2), float(rank)))
-        if rank in (1, 2):  # a name of which would count rank 1's clone
-            late = dist.new_group([1, 2], use_local_synchronization=True)
-            mine = torch.ones(1)
-            dist.all_reduce(mine, group=late)
-            assert mine == 2
+        assert len(dist.distributed_c10d._world.pg_config_info) == len(
+            known
+        )  # torch's tables agree
         return layer.running_mean.tolist()
 
     assert ranks(4, run) == [[0.5, 0.5]] * 2 + [[0.0, 0.0]] * 2
@@ -228,20 +227,23 @@ def test_a_clone_is_freed_with_its_group(ranks):
     ranks(2, run)
 
 
-PROGRAM = """
-import sys, torch, torch.distributed as dist, syncbn
+BEGIN = """
+import datetime, os, sys, time, torch, torch.distributed as dist, syncbn
 rank, folder = int(sys.argv[1]), sys.argv[2]
 
 def start(number):
     dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/store{number}", rank=rank, world_size=2
+        "gloo", init_method=f"file://{folder}/store{number}", rank=rank, world_size=2,
+        timeout=datetime.timedelta(seconds=float(sys.argv[3])),
     )
 
+start(1)
+"""
+PROGRAM = """
 def mean(layer):
     layer(torch.full((1, 2), float(rank)))
     return layer.running_mean.tolist()
 
-start(1)
 group = dist.new_group([0, 1])
 on_default = syncbn.SyncBatchNorm1d(2, momentum=1.0)
 on_group = syncbn.SyncBatchNorm1d(2, momentum=1.0, process_group=group)
@@ -264,7 +266,7 @@ dist.destroy_process_group()
 def test_after_destroy_and_initialisation(tmp_path):
     processes = [
         subprocess.Popen(
-            [sys.executable, "-c", PROGRAM, str(rank), str(tmp_path)],
+            [sys.executable, "-c", BEGIN + PROGRAM, str(rank), str(tmp_path), "60"],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -316,3 +318,83 @@ def test_what_was_never_sent_is_nobody_elses_fault(ranks):
             f"ProcessGroup: all_gather could not be sent on rank {rank} of 2 (gloo): no such tensor"
         )
         assert texts == [said] * 2
+
+
+def test_threads_may_begin_with_other_groups_on_each_rank(ranks):
+    """Each group is cloned by itself: one that waits for its ranks keeps no other waiting."""
+
+    def run(rank):
+        groups = [dist.new_group([0, 1]) for _ in range(2)]
+        means = [None, None]
+
+        def train(number):
+            layer = syncbn.SyncBatchNorm1d(2, momentum=1.0, process_group=groups[number])
+            layer(torch.full((1, 2), float(rank)))
+            means[number] = layer.running_mean.tolist()
+
+        first = threading.Thread(target=train, args=(rank,), daemon=True)
+        first.start()
+        time.sleep(0.5)
+        train(1 - rank)
+        first.join(30)
+        return means
+
+    assert ranks(2, run) == [[[0.5, 0.5]] * 2] * 2
+
+
+PROGRAMS = {
+    "missing": """
+if rank == 1:
+    time.sleep(9)
+    os._exit(0)
+try:
+    syncbn.SyncBatchNorm1d(2)(torch.randn(2, 2))
+except RuntimeError as error:
+    print(error, flush=True)
+os._exit(0)
+""",
+    "graph": """
+group = dist.new_group([0, 1])
+layer = syncbn.SyncBatchNorm1d(2, process_group=group)
+layer.compile(backend="aot_eager", fullgraph=True)
+layer(torch.randn(2, 2))
+dist.destroy_process_group()
+start(2)
+other = dist.new_group([0, 1])
+assert other.group_name == group.group_name
+syncbn.SyncBatchNorm1d(2, process_group=other)(torch.randn(2, 2))
+try:
+    layer(torch.randn(2, 2))
+except Exception as error:
+    print(error)
+dist.destroy_process_group()
+""",
+}
+
+
+SAYS = {
+    "missing": {0: ("all_gather failed on rank 0 of 2 (gloo)", "another rank has ended, is late")},
+    "graph": dict.fromkeys((0, 1), ("if it was destroyed: set layer.process_group to a group",)),
+}
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_what_is_said_of_peers_and_groups_that_are_gone(tmp_path, program):
+    seconds = "5" if program == "missing" else "60"
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", BEGIN + PROGRAMS[program], str(rank), str(tmp_path), seconds],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in (0, 1)
+    ]
+    try:
+        heard = [process.communicate(timeout=100)[0] for process in processes]
+        for rank, texts in SAYS[program].items():
+            assert all(text in heard[rank] for text in texts), heard
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()

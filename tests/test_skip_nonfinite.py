@@ -291,6 +291,15 @@ def test_what_cannot_be_moved_is_refused_before_any_message(name, spoil, text):
     assert norm.num_batches_skipped == 0
 
 
+@pytest.mark.parametrize("spoilt", [freed(torch.tensor(0)), torch.zeros(3), torch.tensor(False)])
+def test_a_counter_that_cannot_count_is_refused_before_any_message(spoilt):
+    norm = layer(process_group=Silent())
+    norm._buffers["num_batches_skipped"] = spoilt
+    with pytest.raises((RuntimeError, ValueError, TypeError), match="expected num_batches_skipped"):
+        norm(torch.randn(4, 3))
+    assert norm.num_batches_tracked == 0
+
+
 def test_it_is_an_option_of_every_layer():
     lazy = syncbn.LazySyncBatchNorm2d(skip_nonfinite=True)
     assert lazy.skip_nonfinite
@@ -332,3 +341,29 @@ def test_copies_keep_it(through):
     loaded = layer()
     loaded.load_state_dict(saved_and_loaded(norm.state_dict()))
     assert loaded.num_batches_skipped == 0
+
+
+def test_a_traced_layer_tracks_as_without_the_option():
+    norm, plain = layer(), syncbn.SyncBatchNorm(3)
+    x = torch.randn(4, 3, 5)
+    for traced in [torch.jit.trace(each, x, check_trace=False) for each in (norm, plain)]:
+        for _ in range(3):
+            traced(x)
+    assert norm.num_batches_tracked == plain.num_batches_tracked > 3
+    assert torch.equal(norm.running_var, plain.running_var)
+
+
+def test_what_half_statistics_cannot_hold_is_not_finite():
+    norm = layer(2, momentum=1.0).half()
+    norm(torch.tensor([[400.0, 1.0], [-400.0, 2.0]], dtype=torch.half))
+    assert (norm.num_batches_skipped, norm.num_batches_tracked) == (1, 0)
+    assert norm.running_var.tolist() == [1.0, 1.0]
+
+
+def test_each_statistic_in_its_own_dtype():
+    norm = layer(momentum=1.0)
+    norm.running_var = norm.running_var.double()
+    x = torch.randn(50, 3, dtype=torch.float64) * 1e25
+    norm(x)
+    assert norm.num_batches_skipped == 0
+    oracle.assert_close(norm.running_var / 1e50, oracle.batch_norm(x / 1e25, x).unbiased_var)

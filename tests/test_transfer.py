@@ -168,3 +168,7 @@ def test_a_class_that_only_one_rank_has_ends_all(ranks):
     first, second = ranks(2, run)
     assert "only_there.Pair, which is no named tuple that is imported here; let empty=" in first
     assert "rank 0 cannot read it; let empty= return such a batch, or give every" in second
+
+
+def test_a_view_travels_without_the_rest_of_its_storage():
+    assert len(packed(torch.zeros(1000, 1000)[:0])) < 10_000

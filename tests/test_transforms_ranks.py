@@ -282,3 +282,14 @@ def test_in_a_replica_is_refused():
 
     with pytest.raises(RuntimeError, match=r"no transform of torch\.func and no forward-mode"):
         syncbn.DataParallel(Inside(), CPUS)(torch.randn(*SHAPE))
+
+
+def test_forward_mode_among_threads_is_refused():
+    """torch has one level for all threads: tangents would mix."""
+
+    def run(comm):
+        x = torch.randn(4, 3)
+        with pytest.raises(RuntimeError, match="expected no forward-mode differentiation among"):
+            torch.func.jvp(lambda x: syncbn.sync_batch_norm(x, None, None, group=comm), (x,), (x,))
+
+    in_threads(2, run)

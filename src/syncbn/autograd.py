@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from .checks import check_held, refuse_single_value
+from .checks import refuse_single_value
 from .comm import Communicator
 from .differentiable import differentiable_gradients, with_value
 from .share import Share, parameter_gradients
+from .storages import check_held
 from .transforms import batched_or_transforming
 
 

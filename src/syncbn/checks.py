@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import sys
 import threading
+from numbers import Real
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.fx import Proxy
-from torch.nn import Parameter
 
+from .storages import check_held, form_of, is_dtensor, is_held
 from .transforms import transforming
 
 if TYPE_CHECKING:
@@ -19,28 +19,30 @@ if TYPE_CHECKING:
 FLOATING = frozenset((torch.float16, torch.bfloat16, torch.float32, torch.float64))
 FLOATING_WORDS = "of float16, bfloat16, float32 or float64"
 COUNTING = frozenset((torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8))
+_NUMBERS = (Real, torch.SymInt, torch.SymFloat)
+_LARGEST = torch.finfo(torch.float64).max
 MOST_DIMENSIONS = 64  # of torch's sums, and so of ours
 
 
-def is_dtensor(tensor: Tensor | None) -> bool:
-    """Whether this is a DTensor, without importing what makes them."""
-    if tensor is None or type(tensor) in (Tensor, Parameter):
-        return False
-    module = sys.modules.get("torch.distributed.tensor")
-    return module is not None and isinstance(tensor, module.DTensor)
-
-
 def check_options(momentum: float, eps: float) -> None:
-    """Refuse a momentum outside [0, 1] and an eps ≤ 0."""
+    """Refuse a momentum outside [0, 1] and an eps that is not positive and finite."""
+    for name, value in (("momentum", momentum), ("eps", eps)):
+        known = type(value) in (float, int) or (value is None and name == "momentum")
+        if not known and not isinstance(value, _NUMBERS):
+            raise TypeError(
+                f"sync_batch_norm: expected {name} to be a number, got {type(value).__name__}; "
+                f"{'0.1' if name == 'momentum' else '1e-5'} is usual"
+            )
     if momentum is None or not 0 <= momentum <= 1:
         raise ValueError(
             f"sync_batch_norm: expected momentum in [0, 1], got {momentum}; it is the weight of "
             "the new batch in the running statistics (0.1 is usual, a layer takes None for the "
             "cumulative average)"
         )
-    if not eps > 0:
+    if not 0 < eps <= _LARGEST:
+        wanted = "a finite eps" if eps > 0 else "eps > 0"
         raise ValueError(
-            f"sync_batch_norm: expected eps > 0, got {eps}; it keeps a constant channel from "
+            f"sync_batch_norm: expected {wanted}, got {eps}; it keeps a constant channel from "
             "dividing by zero (1e-5 is usual)"
         )
 
@@ -68,6 +70,11 @@ def check_input(input: Tensor) -> None:
             f"sync_batch_norm: expected floating-point input, {FLOATING_WORDS}, got {input.dtype}; "
             "convert it first, for example input.float()"
         )
+    if (form := form_of(input)) is not None:
+        raise TypeError(
+            f"sync_batch_norm: expected a dense tensor as input, got a {form} one; convert it "
+            "first, for example input.to_dense(), padded and with a mask where it is ragged"
+        )
     if input.dim() < 2:
         raise ValueError(
             f"sync_batch_norm: expected at least 2D input (got {input.dim()}D input) of shape "
@@ -84,39 +91,6 @@ def check_input(input: Tensor) -> None:
             f"{input.dim()}; join some, for example input.flatten(2)"
         )
     check_held({"input": input})
-
-
-def check_held(named: dict[str, Tensor | None], operation: str = "sync_batch_norm") -> None:
-    """Refuse tensors whose storage ends before their sizes and strides do: it was freed since."""
-    for name, tensor in named.items():
-        if tensor is not None and not _is_held(tensor):
-            raise RuntimeError(
-                f"{operation}: expected {name} with its values in memory, got a storage of "
-                f"{tensor.untyped_storage().nbytes()} bytes where it needs {_needed(tensor)}; it "
-                "was freed or shrunk, as sharding and offloading do: gather it or bring it back "
-                "first"
-            )
-
-
-def _is_held(tensor: Tensor) -> bool:
-    if torch.compiler.is_compiling():  # there are no values yet
-        return True
-    try:
-        held = tensor.untyped_storage().nbytes()
-    except NotImplementedError:  # a wrapper, as inside torch.func's transforms
-        return True
-    if held == tensor.nbytes and tensor.is_contiguous() and not tensor.storage_offset():
-        return True  # as mostly: in half the time
-    return held >= _needed(tensor)
-
-
-def _needed(tensor: Tensor) -> int:
-    """How many bytes of a storage sizes and strides reach."""
-    if not tensor.numel():
-        return 0
-    pairs = zip(tensor.shape, tensor.stride(), strict=True)
-    last = int(tensor.storage_offset()) + sum((size - 1) * stride for size, stride in pairs)
-    return (last + 1) * tensor.itemsize
 
 
 def check_shape(name: str, shape: tuple[int, ...], input: Tensor) -> None:
@@ -152,8 +126,9 @@ def check_tensors(
             and tensor.shape == shape
             and tensor.device == device
             and tensor.dtype in FLOATING
+            and tensor.layout is torch.strided
             and (is_dtensor(input) or not is_dtensor(tensor))
-            and _is_held(tensor)
+            and is_held(tensor)
         ):
             _refuse(name, tensor, input)
     if (running_mean is None) != (running_var is None):
@@ -162,7 +137,9 @@ def check_tensors(
             f"running_{'var' if running_mean is None else 'mean'}"
         )
     if num_batches_tracked is not None:
-        _check_counter(num_batches_tracked, device, momentum is None)
+        check_counter("num_batches_tracked", num_batches_tracked, device)
+        if momentum is None:
+            _check_divisor(num_batches_tracked)
 
 
 def _refuse(name: str, tensor: Any, input: Tensor) -> None:
@@ -171,6 +148,11 @@ def _refuse(name: str, tensor: Any, input: Tensor) -> None:
         raise TypeError(
             f"sync_batch_norm: expected {name} to be a floating-point tensor, {FLOATING_WORDS}, "
             f"got {got}; use the input's dtype or torch.float32"
+        )
+    if (form := form_of(tensor)) is not None:
+        raise TypeError(
+            f"sync_batch_norm: expected {name} as a dense tensor, got a {form} one; convert it "
+            "first, for example with .to_dense()"
         )
     check_shape(name, tensor.shape, input)
     if is_dtensor(tensor) and not is_dtensor(input):
@@ -185,24 +167,27 @@ def _refuse(name: str, tensor: Any, input: Tensor) -> None:
     )
 
 
-def _check_counter(counter: Any, device: torch.device, cumulative: bool) -> None:
-    """Refuse what cannot count batches; ``cumulative``: where the count is a divisor, too."""
+def check_counter(name: str, counter: Any, device: torch.device) -> None:
+    """Refuse what cannot count batches."""
     if not isinstance(counter, Tensor) or counter.dtype not in FLOATING | COUNTING:
         got = counter.dtype if isinstance(counter, Tensor) else type(counter).__name__
         raise TypeError(
-            "sync_batch_norm: expected num_batches_tracked as a tensor of int64, int32, int16, "
-            f"int8 or uint8, or {FLOATING_WORDS}, got {got}; torch.tensor(0) is usual"
+            f"sync_batch_norm: expected {name} as a tensor of int64, int32, int16, int8 or uint8, "
+            f"or {FLOATING_WORDS}, got {got}; torch.tensor(0) is usual"
         )
     if counter.numel() != 1 or counter.device != device:
         raise ValueError(
-            f"sync_batch_norm: expected num_batches_tracked as one number on the input's device "
-            f"{device}, got shape {tuple(counter.shape)} on {counter.device}; torch.tensor(0) is "
-            "usual"
+            f"sync_batch_norm: expected {name} as one number on the input's device {device}, got "
+            f"shape {tuple(counter.shape)} on {counter.device}; torch.tensor(0) is usual"
         )
-    check_held({"num_batches_tracked": counter})
+    check_held({name: counter})
+
+
+def _check_divisor(counter: Tensor) -> None:
+    """Refuse a counter of batches, which an average divides by, that counts on to 0 or less."""
     # Asking an accelerator means waiting for it: only of counters that soon come to their end.
     readable = counter.is_cpu or (counter.dtype != torch.int64 and not counter.is_meta)
-    if not cumulative or not readable or torch.compiler.is_compiling() or transforming():
+    if not readable or torch.compiler.is_compiling() or transforming():
         return
     if not float(counter + 1) > 0:
         raise ValueError(

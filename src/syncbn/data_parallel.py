@@ -13,11 +13,11 @@ import torch.nn as nn
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
-from .checks import check_held
 from .comm import Crew, Replica, refused_group, resolve
 from .empty import forget_original
 from .modules import SyncBatchNorm
 from .scatter import gather, scatter
+from .storages import check_held
 from .transforms import transforming
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)

@@ -12,11 +12,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .autograd import synchronised
-from .checks import is_dtensor
 from .comm import LOCAL, Communicator, ProcessGroup
 from .kernels import composite
 from .moments import Moments, wide_dtype
 from .share import Share
+from .storages import is_dtensor
 
 
 def check_options_of_dtensor(mask: bool, reproducible: bool) -> None:

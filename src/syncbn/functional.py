@@ -10,11 +10,11 @@ from torch import Tensor
 from . import dtensors, local
 from .autograd import synchronised
 from .checks import (
+    check_counter,
     check_input,
     check_not_reproducible,
     check_options,
     check_tensors,
-    is_dtensor,
 )
 from .comm import LOCAL, Replica, refuse_join, resolve
 from .joint import together
@@ -22,6 +22,7 @@ from .kernels import serving
 from .layout import lie_apart, samples_apart, torchs_batch_norm, with_gradient_like
 from .masks import blank, check_mask, pack, unpack
 from .share import ReproducibleShare, Share
+from .storages import is_dtensor
 from .tracking import begin_update
 from .transformed import transformed
 from .transforms import check_movable, transforming
@@ -131,6 +132,8 @@ def batch_norm(
         transform = transforming()
         if transform or num_batches_skipped is not None:  # others may stand in for these below
             check_tensors(input, *moved, weight, bias, momentum)
+        if num_batches_skipped is not None:
+            check_counter("num_batches_skipped", num_batches_skipped, input.device)
         if transform:
             check_movable(*moved, num_batches_skipped, input, mask)
         moved, momentum, conclude = begin_update(moved, momentum, num_batches_skipped)
@@ -152,6 +155,7 @@ def _where_it_counts(input: Tensor, mask: Tensor, training: bool, *rest: Any) ->
     dtensors.check_options_of_dtensor(is_dtensor(input), False)
     if not training:
         return blank(_whole(blank(with_gradient_like(input), mask), None, *rest), mask)
+    mask = mask.clone()  # to keep: its owner may free it
     values, lengths = pack(with_gradient_like(input), mask)
     return unpack(_whole(values, lengths, *rest), input, mask)
 
@@ -221,15 +225,12 @@ def _whole(
         return synchronised(input, *rest, Share(comm, kernels))
     if mixed:
         wide = torch.float64 if input.dtype == torch.float64 else torch.float32
-        running_mean, running_var, weight, bias = (
-            None if tensor is None else tensor.to(wide)
-            for tensor in (running_mean, running_var, weight, bias)
-        )
+        tensors = (running_mean, running_var, weight, bias)
+        running_mean, running_var, weight, bias = (t if t is None else t.to(wide) for t in tensors)
     if momentum is None:
         momentum = 0.0 if num_batches_tracked is None else 1 / float(num_batches_tracked + 1)
-    y = torchs_batch_norm(
-        *(input, running_mean, running_var, weight, bias, training, momentum, eps)
-    )
+    options = (training, momentum, eps)
+    y = torchs_batch_norm(input, running_mean, running_var, weight, bias, *options)
     if num_batches_tracked is not None:
         num_batches_tracked.add_(1)
     return y

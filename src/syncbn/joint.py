@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .checks import check_held
 from .comm import Replica
 from .kernels import Kernels, composite, serving
 from .moments import inverse_deviation, merge, unpack
 from .share import parameter_gradients
+from .storages import check_held
 from .transforms import transforming
 
 

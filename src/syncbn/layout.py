@@ -5,6 +5,8 @@ torch's own operator, indexing and copies lose it, but for contiguous and channe
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,17 +18,38 @@ def torchs_batch_norm(x: Tensor, *options: Any) -> Tensor:
     """torch.nn.functional.batch_norm, whose result and gradient have the strides of x."""
     if is_usual(x):
         return batch_norm(x, *options)
-    return laid(strides_like(x), batch_norm(with_gradient_like(x), *options))
+    strides = strides_like(x)
+    usual = with_gradient_like(x)
+    if 1 not in x.shape:
+        return laid(strides, batch_norm(usual, *options))
+    y = batch_norm(laid(contiguous_strides(x.shape), usual), *options)
+    if y.requires_grad:  # torch's backward is as wrong for such a dy
+        y.register_hook(partial(_gradient_laid, y.stride()))  # type: ignore[no-untyped-call]
+    return laid(strides, y)
 
 
 def is_usual(x: Tensor) -> bool:
-    """Whether torch's operator keeps the layout of x, or nobody sees which one it has."""
-    if x.is_contiguous() or x.is_meta or torch.compiler.is_compiling():
+    """Whether torch's operator keeps the layout of x, or nobody sees which one it has.
+
+    Where a dimension has one element, whose stride means nothing, torch's backward takes one layout
+    for another and is wrong.
+    """
+    if x.is_meta or torch.compiler.is_compiling():
         return True
-    if x.dim() in (4, 5) and x.movedim(1, -1).is_contiguous():  # channels_last
+    if 1 not in x.shape and (
+        x.is_contiguous() or (x.dim() in (4, 5) and x.movedim(1, -1).is_contiguous())
+    ):
         return True
     tracing: bool = torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
     return tracing or torch._C._are_functorch_transforms_active()
+
+
+def contiguous_strides(shape: Sequence[int]) -> tuple[int, ...]:
+    strides, size = [], 1
+    for length in reversed(shape):
+        strides.append(size)
+        size *= max(length, 1)
+    return tuple(reversed(strides))
 
 
 def strides_like(x: Tensor) -> tuple[int, ...]:
@@ -46,13 +69,14 @@ def with_gradient_like(x: Tensor) -> Tensor:
     active = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
     if active or not (torch.is_grad_enabled() and x.requires_grad):
         return x
-    view, strides = x.view_as(x), strides_like(x)
-
-    def lay(gradient: Tensor | None) -> Tensor | None:  # None: zero, in a higher derivative
-        return None if gradient is None else laid(strides, gradient)
-
-    view.register_hook(lay)  # type: ignore[no-untyped-call]
+    # view_as() would give other strides to dimensions of one element
+    view: Tensor = torch.ops.aten.alias.default(x)
+    view.register_hook(partial(_gradient_laid, strides_like(x)))  # type: ignore[no-untyped-call]
     return view
+
+
+def _gradient_laid(strides: tuple[int, ...], gradient: Tensor | None) -> Tensor | None:
+    return None if gradient is None else laid(strides, gradient)  # None: zero, in a higher one
 
 
 def lie_apart(x: Tensor) -> bool:

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .checks import check_held
 from .comm import LOCAL
 from .differentiable import differentiable_gradients
 from .kernels import native, native_serves
 from .share import parameter_gradients
+from .storages import check_held
 from .transforms import transforming
 
 

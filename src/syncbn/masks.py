@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .checks import check_held
+from .storages import check_held
 from .transforms import transforming
 
 
@@ -96,7 +96,10 @@ def given_mask(givers: tuple[tuple[list[str], Any], ...], input: Tensor) -> Tens
 
 
 def pack(input: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """The values (V, C) that count of input (N, C, *), and how many each sample has (N,)."""
+    """The values (V, C) that count of input (N, C, *), and how many each sample has (N,).
+
+    The mask is kept for backward.
+    """
     return input.movedim(1, -1)[mask], mask.unsqueeze(-1).flatten(1).sum(1)
 
 

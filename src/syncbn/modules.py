@@ -50,7 +50,7 @@ class SyncBatchNorm(_BatchNorm):
         skip_nonfinite: a training batch whose mean or variance, over all ranks, is infinite or nan
             in any channel moves neither running statistics nor num_batches_tracked, on any rank.
             Its output and gradients are as without. The buffer num_batches_skipped () counts such
-            batches; state dicts leave it out.
+            batches; state dicts leave it out. Traced and exported layers don't have the option.
 
     Shape:
         input: (N, C, *), N may be 0 on some ranks. mask, optional: (N, *), bool, True where a

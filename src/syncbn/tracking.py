@@ -10,9 +10,9 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from .checks import is_dtensor
 from .moments import wide_dtype
 from .recomputation import moves, moves_in_graph
+from .storages import is_dtensor
 
 Statistics = tuple[Tensor | None, Tensor | None, Tensor | None]
 Batch = tuple[Tensor, Tensor, Tensor]
@@ -32,6 +32,9 @@ def begin_update(
     """
     mean, var, batches = statistics
     key = batches if mean is None else mean
+    tracing: bool = torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
+    if tracing or mean is None:
+        skipped = None
     first: bool | Tensor
     if not torch.compiler.is_compiling():
         first = moves(key)
@@ -41,8 +44,8 @@ def begin_update(
         return statistics, momentum, None
     else:
         first = _first_in_graph(key)
-    if skipped is not None and mean is not None and not torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
-        batch = _nothing_yet(mean)
+    if skipped is not None and mean is not None:
+        batch = _nothing_yet(mean, mean if var is None else var)
         return batch, 1.0, partial(_follow_if_finite, statistics, momentum, batch, first, skipped)
     if isinstance(first, Tensor):
         copies = _copy(mean), _copy(var), _copy(batches)
@@ -87,13 +90,13 @@ def _keep_if_first(statistics: Statistics, copies: Statistics, first: Tensor) ->
             old.copy_(torch.where(first, new, old))
 
 
-def _nothing_yet(mean: Tensor) -> Batch:
+def _nothing_yet(mean: Tensor, var: Tensor) -> Batch:
     """What becomes, moved with momentum 1, a batch's mean, unbiased variance and how often: once.
 
     Without a single value in the batch the variance stays negative, which no variance is.
     """
-    dtype = torch.promote_types(mean.dtype, torch.float32)
-    zeros, negative = torch.zeros_like(mean, dtype=dtype), torch.full_like(mean, -1, dtype=dtype)
+    wide = [torch.promote_types(tensor.dtype, torch.float32) for tensor in (mean, var)]
+    zeros, negative = torch.zeros_like(mean, dtype=wide[0]), torch.full_like(var, -1, dtype=wide[1])
     return zeros, negative, mean.new_zeros((), dtype=torch.int64)
 
 
@@ -109,11 +112,14 @@ def _follow_if_finite(
     In tensors only: a device is not waited for.
     """
     mean, var, counted = batch
-    finite = mean.isfinite().all() & var.isfinite().all()
+    *both, batches = statistics
+    finite = counted >= 0
+    for old, new in zip(both, (mean, var), strict=True):
+        held = new if old is None else new.to(old.dtype)  # half overflows sooner
+        finite = finite & held.isfinite().all()
     counted = counted * first
     skipped.add_(counted * ~finite)
     counted = counted * finite
-    *both, batches = statistics
     if batches is not None:
         batches.add_(counted)
     wide = wide_dtype(mean.device)

@@ -50,7 +50,7 @@ def _spelled(obj: Any) -> Any:
     """A tensor itself; else a list of the kind and what it holds."""
     cls = type(obj)
     if cls in (Tensor, torch.nn.Parameter) and obj.layout is torch.strided and not obj.is_nested:
-        return obj.detach()
+        return obj.detach().clone()  # a view would bring all of its storage
     if obj is None or cls in _VALUES:
         return ["value", obj]
     if cls in (list, tuple, torch.Size):

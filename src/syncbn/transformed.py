@@ -15,11 +15,17 @@ from torch import Tensor
 
 from .checks import check_options, refuse_single_value
 from .collectives import gather
-from .comm import LOCAL, Communicator, Replica, refuse_join, resolve
+from .comm import LOCAL, Communicator, Replica, Threads, refuse_join, resolve
 from .differentiable import tie
 from .kernels import composite
 from .masks import blank, check_mask
-from .transforms import any_element_is_one, check_not_recording, check_not_transforming
+from .storages import is_dtensor
+from .transforms import (
+    any_element_is_one,
+    check_forward_mode,
+    check_not_recording,
+    check_not_transforming,
+)
 
 
 def transformed(
@@ -43,6 +49,7 @@ def transformed(
         check_mask(mask, input)
     silent = input.is_meta or torch.compiler.is_exporting()
     comm = LOCAL if silent else resolve(group)
+    check_forward_mode(isinstance(comm, Threads) and comm.size > 1, is_dtensor(input))
     if isinstance(comm, Replica):
         check_not_transforming()
     if comm.size > 1:

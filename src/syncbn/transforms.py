@@ -28,10 +28,16 @@ def batched_or_transforming(gradient: Tensor) -> bool:
     return transforming() or _functorch.is_legacy_batchedtensor(gradient)
 
 
+def unwrapped(tensor: Tensor) -> Tensor:
+    """What the transforms around have wrapped, with the dimensions that they map over."""
+    while _functorch.is_functorch_wrapped_tensor(tensor):
+        tensor = _functorch.get_unwrapped(tensor)
+    return tensor
+
+
 def any_element_is_one(number: Tensor) -> bool:
     """Whether ``number`` () is one, in any element of a vmap around it."""
-    while _functorch.is_functorch_wrapped_tensor(number):
-        number = _functorch.get_unwrapped(number)
+    number = unwrapped(number)
     with _disable_current_modes():  # torch.func.linearize traces, and would refuse to look
         return bool((number == 1).any())
 
@@ -86,4 +92,15 @@ def check_not_recording() -> None:
             "sync_batch_norm: expected operations over ranks to run in this transform, got one "
             "that records them to run later (torch.func.linearize, make_fx), in which messages "
             "would be left out; use torch.func.jvp, or torch.compile"
+        )
+
+
+def check_forward_mode(threads: bool, dtensor: bool) -> None:
+    """Refuse forward mode where torch has one level for all threads, or no rules."""
+    if (threads or dtensor) and forward_ad._current_level >= 0:
+        what = "among ranks that are threads, which share its levels" if threads else "of a DTensor"
+        raise RuntimeError(
+            f"sync_batch_norm: expected no forward-mode differentiation {what}, got one; use "
+            "reverse mode (torch.func.grad, vjp, jacrev), or ranks that are processes with tensors "
+            "of their own"
         )

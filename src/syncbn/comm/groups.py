@@ -9,6 +9,7 @@ group they are given.
 from __future__ import annotations
 
 import copy
+import itertools
 import threading
 import weakref
 from datetime import timedelta
@@ -19,7 +20,8 @@ import torch.distributed as dist
 
 from .base import Local
 
-_making = threading.Lock()
+_tables = threading.Lock()
+_numbers = itertools.count()
 
 
 def private(group: dist.ProcessGroup) -> dist.ProcessGroup:
@@ -31,13 +33,34 @@ def private(group: dist.ProcessGroup) -> dist.ProcessGroup:
     clone = _CLONES.get(group)
     if clone is not None:
         return clone
-    with _making:
-        if group in _OURS:
-            return group
+    if group in _OURS:
+        return group
+    with _tables:
+        making = _MAKING.setdefault(group, threading.Lock())
+    with making:  # of each group by itself: its ranks wait for each other
         if group not in _CLONES:  # no other thread has made it meanwhile
             clone = _CLONES[group] = _cloned(group)
             weakref.finalize(group, _free, clone).atexit = False
         return _CLONES[group]
+
+
+def name_in_graphs(group: dist.ProcessGroup) -> str:
+    """What compiled graphs call the private group: no later group of this process has the name.
+
+    Else the graph of a layer whose group was destroyed would talk on another's clone. torch says
+    the name when it finds no such group.
+    """
+    clone = private(group)
+    name = _GRAPH_NAMES.get(clone)
+    if name is None:
+        number = next(_numbers)
+        name = _GRAPH_NAMES[clone] = (
+            f"{clone.group_name}#{number} (if it was destroyed: set layer.process_group to a group "
+            "that is alive)"
+        )
+        c10d: Any = dist.distributed_c10d
+        c10d._register_process_group(name, clone)
+    return name
 
 
 def _cloned(group: dist.ProcessGroup) -> dist.ProcessGroup:
@@ -50,7 +73,8 @@ def _cloned(group: dist.ProcessGroup) -> dist.ProcessGroup:
     # of its ranks.
     device = whole.bound_device_id
     split = device if group is whole else None
-    whole.bound_device_id = split
+    if split != device:
+        whole.bound_device_id = split
     clone: dist.ProcessGroup
     try:
         clone, _ = c10d._new_process_group_helper(
@@ -62,12 +86,9 @@ def _cloned(group: dist.ProcessGroup) -> dist.ProcessGroup:
             group_desc=f"syncbn:{group.group_desc}",
         )
     finally:
-        whole.bound_device_id = device
+        if split != device:
+            whole.bound_device_id = device
     world.pg_group_ranks[clone] = dict(world.pg_group_ranks[group])
-    if group is not whole:
-        # torch derives new groups' names from how many this process has: one that only its
-        # members have must not be counted.
-        del world.pg_names[clone]
     return clone
 
 
@@ -98,6 +119,8 @@ def _free(clone: dist.ProcessGroup) -> None:
         table.pop(clone, None)
     world.tags_to_pg.pop(world.pg_to_tag.pop(clone, ""), None)
     c10d._unregister_process_group(clone.group_name)
+    if clone in _GRAPH_NAMES:
+        c10d._unregister_process_group(_GRAPH_NAMES[clone])
     clone.shutdown()
 
 
@@ -150,4 +173,6 @@ _CLONES: weakref.WeakKeyDictionary[dist.ProcessGroup, dist.ProcessGroup] = (
 _MADE: weakref.WeakKeyDictionary[dist.ProcessGroup, dict[int, weakref.ref[dist.ProcessGroup]]] = (
     weakref.WeakKeyDictionary()
 )
+_MAKING: weakref.WeakKeyDictionary[dist.ProcessGroup, threading.Lock] = weakref.WeakKeyDictionary()
+_GRAPH_NAMES: weakref.WeakKeyDictionary[dist.ProcessGroup, str] = weakref.WeakKeyDictionary()
 _OURS: weakref.WeakSet[dist.ProcessGroup] = weakref.WeakSet()

@@ -12,7 +12,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.parallel import DistributedDataParallel
 
 from .base import Communicator
-from .groups import is_alive, private
+from .groups import is_alive, name_in_graphs, private
 
 _AVAILABLE = dist.is_available()
 _REMEDY = (
@@ -82,22 +82,23 @@ class ProcessGroup(Communicator):
         if torch.compiler.is_compiling():
             collective(*tensors, group=self.group)
             return
-        sent = False
+        waiting = True  # for other ranks: their absence may be the cause of an error
         try:
             group = private(self.group)
-            if tensors[-1].device.type == "cpu":  # asynchronous, to tell sending from waiting
+            waiting = False
+            if tensors[-1].device.type == "cpu" or dist.get_backend(group) == "gloo":
                 work = collective(*tensors, group=group, async_op=True)
-                sent = True
+                waiting = True
                 work.wait()
-            else:
+            else:  # asynchronous, NCCL's would take a stream of their own
                 collective(*tensors, group=group)
         except RuntimeError as error:
-            raise type(error)(self._failure(operation, error, sent)) from error
+            raise type(error)(self._failure(operation, error, waiting)) from error
 
-    def _failure(self, operation: str, error: RuntimeError, sent: bool) -> str:
+    def _failure(self, operation: str, error: RuntimeError, waiting: bool) -> str:
         """The backends' errors name neither operation nor ranks."""
         where = f"rank {self.rank} of {self.size} ({dist.get_backend(self.group)}): {error}"
-        if not sent and not isinstance(error, dist.DistError):
+        if not waiting and not isinstance(error, dist.DistError):
             return f"ProcessGroup: {operation} could not be sent on {where}"
         return (
             f"ProcessGroup: {operation} failed on {where}; another rank has ended, is late by "
@@ -134,7 +135,7 @@ def from_torch(group: Any) -> ProcessGroup:
 def _facts(group: Any) -> tuple[str, int, int]:
     """Rank and size of a group, and its clone's name."""
     comm = _from_torch(getattr(group, "real_obj", group))  # which torch.compile has wrapped
-    return private(comm.group).group_name, comm.rank, comm.size
+    return name_in_graphs(comm.group), comm.rank, comm.size
 
 
 # torch.compile calls it while it traces and traces anew for another group: of one that is used by

@@ -1,0 +1,70 @@
+"""Whether tensors have their values in memory: sharding and offloading free or shrink storages."""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from .transforms import unwrapped
+
+
+def is_dtensor(tensor: Tensor | None) -> bool:
+    """Whether this is a DTensor, without importing what makes them."""
+    if tensor is None or type(tensor) in (Tensor, Parameter):
+        return False
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
+
+
+def check_held(named: dict[str, Tensor | None], operation: str = "sync_batch_norm") -> None:
+    """Refuse tensors whose storage ends before their sizes and strides do: it was freed since."""
+    for name, given in named.items():
+        if given is not None and not is_held(given):
+            tensor = _innermost(given)
+            raise RuntimeError(
+                f"{operation}: expected {name} with its values in memory, got a storage of "
+                f"{tensor.untyped_storage().nbytes()} bytes where it needs {_needed(tensor)}; it "
+                "was freed or shrunk, as sharding and offloading do: gather it or bring it back "
+                "first"
+            )
+
+
+def _innermost(tensor: Tensor) -> Tensor:
+    """The tensor with the values, inside a transform's wrappers or a DTensor."""
+    tensor = unwrapped(tensor)
+    return tensor._local_tensor if is_dtensor(tensor) else tensor  # type: ignore[attr-defined]
+
+
+def is_held(tensor: Tensor) -> bool:
+    if torch.compiler.is_compiling():  # there are no values yet
+        return True
+    try:
+        held = tensor.untyped_storage().nbytes()
+    except NotImplementedError:
+        inner = _innermost(tensor)
+        return inner is tensor or is_held(inner)
+    if is_dtensor(tensor):
+        return is_held(_innermost(tensor))
+    if held == tensor.nbytes and tensor.is_contiguous() and not tensor.storage_offset():
+        return True  # as mostly: in half the time
+    return held >= _needed(tensor)
+
+
+def _needed(tensor: Tensor) -> int:
+    """How many bytes of a storage sizes and strides reach."""
+    if not tensor.numel():
+        return 0
+    pairs = zip(tensor.shape, tensor.stride(), strict=True)
+    last = int(tensor.storage_offset()) + sum((size - 1) * stride for size, stride in pairs)
+    return (last + 1) * tensor.itemsize
+
+
+def form_of(tensor: Tensor) -> str | None:
+    """What keeps a tensor from having strides of its own, in words."""
+    if tensor.is_nested:
+        return "nested"
+    dense = tensor.layout is torch.strided
+    return None if dense else str(tensor.layout).removeprefix("torch.").strip("_")
