@@ -97,7 +97,9 @@ def check_not_recording() -> None:
 
 def check_forward_mode(threads: bool, dtensor: bool) -> None:
     """Refuse forward mode where torch has one level for all threads, or no rules."""
-    if (threads or dtensor) and forward_ad._current_level >= 0:
+    stack = _functorch.get_interpreter_stack() or ()  # of this thread, as the level is not
+    forward = any(each.key() == _functorch.TransformType.Jvp for each in stack)
+    if (threads or dtensor) and (forward or forward_ad._current_level >= 0):
         what = "among ranks that are threads, which share its levels" if threads else "of a DTensor"
         raise RuntimeError(
             f"sync_batch_norm: expected no forward-mode differentiation {what}, got one; use "
