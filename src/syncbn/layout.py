@@ -34,14 +34,13 @@ def is_usual(x: Tensor) -> bool:
     Where a dimension has one element, whose stride means nothing, torch's backward takes one layout
     for another and is wrong.
     """
-    if x.is_meta or torch.compiler.is_compiling():
-        return True
-    if 1 not in x.shape and (
-        x.is_contiguous() or (x.dim() in (4, 5) and x.movedim(1, -1).is_contiguous())
-    ):
-        return True
     tracing: bool = torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
-    return tracing or torch._C._are_functorch_transforms_active()
+    unseen = tracing or torch._C._are_functorch_transforms_active()
+    if unseen or x.is_meta or torch.compiler.is_compiling():
+        return True
+    return 1 not in x.shape and (
+        x.is_contiguous() or (x.dim() in (4, 5) and x.movedim(1, -1).is_contiguous())
+    )
 
 
 def contiguous_strides(shape: Sequence[int]) -> tuple[int, ...]:
