@@ -38,7 +38,7 @@ def is_usual(x: Tensor) -> bool:
     unseen = tracing or torch._C._are_functorch_transforms_active()
     if unseen or x.is_meta or torch.compiler.is_compiling():
         return True
-    return 1 not in x.shape and (
+    return (1 not in x.shape or not torch.is_grad_enabled()) and (
         x.is_contiguous() or (x.dim() in (4, 5) and x.movedim(1, -1).is_contiguous())
     )
 
