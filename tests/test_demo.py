@@ -22,10 +22,10 @@ pytest.importorskip("rich")
 from rich.console import Console
 
 from syncbn.demo import data, picture, report, train
-from syncbn.demo.launch import RankFailed, launch
 from syncbn.demo.network import network
 from syncbn.demo.options import ARMS, PLAIN, SYNCBN, WHOLE, DemoOptions
 from syncbn.demo.run import Report, run
+from syncbn.launch import RankFailed, launch
 
 TOY = DemoOptions(ranks=2, epochs=1, train_images=61, evaluations_per_epoch=3)
 

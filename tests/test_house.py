@@ -7,73 +7,94 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 import syncbn
 
 SOURCE = Path(syncbn.__file__).parent
 CSRC = Path(__file__).parents[1] / "csrc"
 # From the ground up. A room imports from rooms on floors below its own, never from its own floor.
 FLOORS = (
-    {"layout", "transforms"},
-    {"storages"},
-    {
-        "_version",
-        "checks",
-        "graphs",
-        "moments",
-        "names",
-        "nested",
-        "quantisation",
-        "recomputation",
-    },
-    {"empty", "masks", "reproducible", "scatter", "tracking", "transfer"},
+    {"_version", "tensors"},
+    {"numerics"},
     {"comm", "kernels"},
-    {"collectives", "share"},
-    {"differentiable"},
-    {"autograd", "joint", "local", "transformed", "uneven"},
-    {"dtensors"},
-    {"functional"},
-    {"modules"},
-    {"lazy", "masking"},
-    {"data_parallel", "registry"},
-    {"convert"},
+    {"step"},
+    {"layers"},
+    {"batches"},
+    {"models"},
+    {"launch"},
     {"demo"},
     {"info"},
     {"cli"},
     {"__main__"},
 )
-FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
+# Within a room: who is imported by whom, from the ground up.
+ROOMS = {
+    "tensors": ({"layout", "transforms"}, {"recomputation", "storages"}),
+    "numerics": ({"moments"}, {"reproducible"}),
+    "step": (
+        {"checks", "collectives", "masks", "share", "tracking"},
+        {"differentiable"},
+        {"autograd", "joint", "local", "transformed"},
+        {"dtensors"},
+    ),
+    "layers": ({"functional"}, {"modules"}, {"lazy"}),
+    "batches": ({"nested"}, {"empty", "scatter", "transfer"}, {"uneven"}),
+    "models": (
+        {"data_parallel", "graphs", "names", "quantisation", "registry"},
+        {"convert", "masking"},
+    ),
+}
 # torch's name for convert() is a classmethod of the layer: it calls upwards, when called.
-EXCEPTIONS = {("modules", "convert")}
+EXCEPTIONS = {("layers", "models")}
 
 
-def rooms_imported(path: Path) -> set[str]:
-    """The rooms of this package that a file imports from, inside functions too."""
+def imports(path: Path) -> set[tuple[str, ...]]:
+    """What a file imports from this package, inside functions too: ("step", "masks", "blank")."""
     package = ("syncbn", *path.relative_to(SOURCE).parent.parts)
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
         names = []
         if isinstance(node, ast.ImportFrom):
             base = package[: len(package) - node.level + 1] if node.level else ()
-            full = (*base, *(node.module or "").split(".")) if node.module else base
+            full = (*base, *node.module.split(".")) if node.module else base
             names = [(*full, alias.name) for alias in node.names]
         elif isinstance(node, ast.Import):
             names = [tuple(alias.name.split(".")) for alias in node.names]
-        found |= {name[1] for name in names if name[0] == "syncbn" and len(name) > 1}
-    return found & FLOOR.keys()
+        found |= {name[1:] for name in names if name[0] == "syncbn"}
+    return found
 
 
-def test_arrows_point_one_way():
+def floors(storeys: tuple[set[str], ...]) -> dict[str, int]:
+    return {name: number for number, names in enumerate(storeys) for name in names}
+
+
+FLOOR = floors(FLOORS)
+
+
+def test_arrows_point_one_way_between_rooms():
     used = set()
     for path in SOURCE.rglob("*.py"):
         if path == SOURCE / "__init__.py":
             continue
         room = path.relative_to(SOURCE).parts[0].removesuffix(".py")
         assert room in FLOOR, f"{room} has no floor: add it to FLOORS, and to DESIGN's house"
-        for imported in rooms_imported(path) - {room}:
-            used.add((room, imported))
+        used |= {(room, name[0]) for name in imports(path) if name[:1] != (room,)}
+    used = {(a, b) for a, b in used if b in FLOOR}
     upwards = {(a, b) for a, b in used if FLOOR[b] >= FLOOR[a]}
     assert upwards == EXCEPTIONS
-    assert {("convert", "modules"), ("share", "kernels"), ("kernels", "moments")} <= used
+    assert {("models", "layers"), ("step", "kernels"), ("kernels", "numerics")} <= used
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_arrows_point_one_way_within_a_room(room):
+    floor = floors(ROOMS[room])
+    files = {path.stem: path for path in (SOURCE / room).glob("*.py") if path.stem != "__init__"}
+    assert floor.keys() == files.keys()
+    for name, path in files.items():
+        for imported in imports(path):
+            if imported[0] == room and imported[1] in floor:
+                assert floor[imported[1]] < floor[name], f"{name} imports {imported[1]}"
 
 
 def test_every_floor_is_inhabited():
@@ -129,3 +150,13 @@ def test_every_public_name_is_documented():
     for name in syncbn.__all__:
         thing = getattr(syncbn, name)
         assert isinstance(thing, str) or (thing.__doc__ or "").strip(), name
+
+
+def test_public_names_do_not_tell_where_they_live():
+    for home in (syncbn, syncbn.comm):
+        for name in home.__all__:
+            thing = getattr(home, name)
+            if isinstance(thing, type) or callable(thing):
+                where = thing.__module__
+                assert where == "syncbn" if home is syncbn else where.startswith("syncbn.comm")
+    assert syncbn.comm.MPI.__module__ == "syncbn.comm"

@@ -9,8 +9,8 @@ from cases import Case, laid_out, layouts, strides
 
 from syncbn import kernels
 from syncbn.kernels import composite, native
-from syncbn.layout import samples_apart
-from syncbn.moments import unpack
+from syncbn.numerics.moments import unpack
+from syncbn.tensors.layout import samples_apart
 
 IMPLEMENTATIONS = [composite, *([native] if native.available() else [])]
 SHAPES = [(7, 3), (1, 5, 9), (6, 4, 5, 3), (2, 3, 4, 3, 2), (64, 1, 33, 17)]

@@ -94,8 +94,8 @@ def test_usual_layouts_cost_no_copy(monkeypatch):
     def moved(*args):
         raise AssertionError("moved")
 
-    monkeypatch.setattr("syncbn.layout.laid", moved)
-    for room in ("layout", "functional"):
+    monkeypatch.setattr("syncbn.tensors.layout.laid", moved)
+    for room in ("tensors.layout", "layers.functional"):
         monkeypatch.setattr(f"syncbn.{room}.with_gradient_like", moved)
     monkeypatch.setattr(kernels, "_choice", composite.NAME)
     for x in (torch.randn(SHAPE), torch.randn(SHAPE).to(memory_format=torch.channels_last)):

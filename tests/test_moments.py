@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from syncbn.moments import Moments, merge, unpack
+from syncbn.numerics.moments import Moments, merge, unpack
 
 
 def of(values: torch.Tensor) -> Moments:

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 import syncbn
 from syncbn import kernels
 from syncbn.kernels import composite, native
-from syncbn.moments import unpack
+from syncbn.numerics.moments import unpack
 
 needs_native = pytest.mark.skipif(not native.available(), reason=str(native.unavailable()))
 

@@ -12,9 +12,9 @@ import torch
 from torch.nn.utils.rnn import pack_sequence
 
 import syncbn
-from syncbn.empty import samples_in, without_samples
-from syncbn.nested import mapped, parts
-from syncbn.scatter import gather, scatter
+from syncbn.batches.empty import samples_in, without_samples
+from syncbn.batches.nested import mapped, parts
+from syncbn.batches.scatter import gather, scatter
 
 CPU = torch.device("cpu")
 X = torch.arange(10.0).view(5, 2)
@@ -64,12 +64,12 @@ def test_empty_batches_and_shares_are_containers_of_the_same_kind(container):
     for other in (empty, *shares, gather(shares, CPU)):
         assert type(other) is type(container)
         assert vars(other) == vars(container) if isinstance(container, (OwnDict, OwnList)) else True
-    tensors = [list(syncbn.nested.tensors(other)) for other in (empty, *shares)]
-    whole = list(syncbn.nested.tensors(container))
+    tensors = [list(syncbn.batches.nested.tensors(other)) for other in (empty, *shares)]
+    whole = list(syncbn.batches.nested.tensors(container))
     for x, none, first, second in zip(whole, *tensors, strict=True):
         assert none.shape == (0, *x.shape[1:])
         assert torch.equal(torch.cat((first, second)), x)
-    again = list(syncbn.nested.tensors(gather(shares, CPU)))
+    again = list(syncbn.batches.nested.tensors(gather(shares, CPU)))
     assert all(torch.equal(one, other) for one, other in zip(again, whole, strict=True))
     if whole:
         assert samples_in(container) == 5

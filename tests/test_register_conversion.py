@@ -92,7 +92,7 @@ def test_a_subclass_with_only_a_constructor_comes_back_as_itself():
 @pytest.fixture
 def registry():
     """Registrations made in a test end with it."""
-    targets = syncbn.registry._TARGETS
+    targets = syncbn.models.registry._TARGETS
     before = dict(targets)
     yield
     targets.clear()

@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import syncbn
-from syncbn import reproducible
 from syncbn.kernels import composite
+from syncbn.numerics import reproducible
 
 SPLITS = [(6,), (3, 3), (1, 5), (0, 6), (2, 2, 2), (4, 0, 2), (1, 1, 1, 3), (0, 2, 0, 4)]
 numbers = st.floats(allow_nan=False, allow_infinity=False, width=32) | st.floats(-1e150, 1e150)

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import syncbn
-from syncbn.scatter import gather, scatter
+from syncbn.batches.scatter import gather, scatter
 
 CPU = torch.device("cpu")
 

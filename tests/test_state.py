@@ -3,7 +3,9 @@
 import copy
 import io
 import pickle
+import re
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -79,3 +81,34 @@ def test_pickle_without_a_group_is_silent_and_complete(through):
     loaded = load(stream)
     assert type(loaded) is syncbn.SyncBatchNorm2d
     assert_same_training(loaded, layer, (4, 3, 2, 2))
+
+
+def test_models_pickled_by_the_version_before_load_and_work():
+    """Their pickles name the files in which classes lived."""
+    path = Path(__file__).parent / "data" / "models-0.1.0.pt"
+    models = torch.load(path, weights_only=False)
+    assert type(models["plain"]) is syncbn.SyncBatchNorm
+    assert models["plain"].running_mean.dtype == torch.float64
+    assert models["plain"].skip_nonfinite
+    assert type(models["lazy"]) is syncbn.LazySyncBatchNorm2d
+    assert type(models["made"]) is type(models["replicas"]) is syncbn.DataParallel
+    assert models["made"](torch.randn(2, 2, 1, 2, 2)).shape == (2, 2, 1, 2, 2)
+    net = models["converted"]
+    assert net[1].reproducible
+    assert net[1].num_batches_tracked == 1
+    before = net(torch.ones(2, 3, 2, 2)).detach()
+    syncbn.revert(net)
+    assert {type(layer) for layer in net.modules()} & {nn.BatchNorm1d, nn.BatchNorm2d}
+    torch.testing.assert_close(net(torch.ones(2, 3, 2, 2)), before)
+    assert type(syncbn.revert(models["replicas"])) is nn.DataParallel
+
+
+def test_pickles_name_public_modules_only():
+    model = syncbn.convert(nn.DataParallel(nn.BatchNorm2d(2), []))
+    named = {
+        m.decode()
+        for m in re.findall(
+            rb"syncbn[\w.]*", pickle.dumps([model, nn.ModuleList([syncbn.LazySyncBatchNorm()])])
+        )
+    }
+    assert named <= {"syncbn", "syncbn.models.registry"}

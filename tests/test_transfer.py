@@ -13,7 +13,7 @@ import torch
 from layers import Silent
 
 import syncbn
-from syncbn.transfer import packed, unpacked
+from syncbn.batches.transfer import packed, unpacked
 
 RUN = []  # what a peer has made this process do
 

@@ -10,22 +10,28 @@ comm. The arithmetic, and its specification in plain torch operations (kernels.c
 Importing starts nothing.
 """
 
+import sys as _sys
+
 from . import comm, kernels
 from ._version import __version__
-from .convert import convert, revert
-from .data_parallel import DataParallel
-from .functional import sync_batch_norm
-from .lazy import (
+from .batches.uneven import until_all_done
+from .layers import lazy as _lazy
+from .layers import modules as _modules
+from .layers.functional import sync_batch_norm
+from .layers.lazy import (
     LazySyncBatchNorm,
     LazySyncBatchNorm1d,
     LazySyncBatchNorm2d,
     LazySyncBatchNorm3d,
 )
-from .masking import masking
-from .masks import mask_from_lengths
-from .modules import SyncBatchNorm, SyncBatchNorm1d, SyncBatchNorm2d, SyncBatchNorm3d
-from .registry import register_conversion
-from .uneven import until_all_done
+from .layers.modules import SyncBatchNorm, SyncBatchNorm1d, SyncBatchNorm2d, SyncBatchNorm3d
+from .models import data_parallel as _data_parallel
+from .models import registry as _registry
+from .models.convert import convert, revert
+from .models.data_parallel import DataParallel
+from .models.masking import masking
+from .models.registry import register_conversion
+from .step.masks import mask_from_lengths
 
 __all__ = [
     "DataParallel",
@@ -48,3 +54,16 @@ __all__ = [
     "sync_batch_norm",
     "until_all_done",
 ]
+
+# In which file a public name lives is nobody's business: not a pickle's, nor a traceback's.
+for _name in __all__:
+    if hasattr(globals()[_name], "__module__"):
+        globals()[_name].__module__ = __name__
+# Pickles of 0.1.0 name files.
+for _name, _module in (
+    ("data_parallel", _data_parallel),
+    ("lazy", _lazy),
+    ("modules", _modules),
+    ("registry", _registry),
+):
+    _sys.modules[f"{__name__}.{_name}"] = _module

@@ -135,10 +135,10 @@ def _demo(
 
     from .demo import data
     from .demo import report as says
-    from .demo.launch import RankFailed
     from .demo.options import DemoOptions
     from .demo.progress import bars
     from .demo.run import run
+    from .launch import RankFailed
 
     try:
         options = DemoOptions(ranks=ranks, batch_per_rank=batch_per_rank, epochs=epochs, seed=seed)

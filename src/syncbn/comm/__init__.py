@@ -31,6 +31,9 @@ __all__ = [
 
 LOCAL = Local()
 
+for _public in (Communicator, MPI, Threads, threads):
+    _public.__module__ = __name__
+
 
 def resolve(process_group: Any) -> Communicator:
     """The communicator that ``process_group`` stands for.

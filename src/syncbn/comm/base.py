@@ -34,6 +34,7 @@ be empty. Calls come from inside autograd functions, so collectives need no deri
 
 from __future__ import annotations
 
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
@@ -102,3 +103,16 @@ def refused_calls(calls: Iterable[str]) -> str:
         f"ranks call different collectives: {listed}; every rank must run the same layers in the "
         "same order, and backward where the others do"
     )
+
+
+def check_timeout(operation: str, timeout: float) -> None:
+    """Refuse what threads cannot wait for: no seconds, or too many."""
+    if isinstance(timeout, bool) or not isinstance(timeout, (int, float)):
+        raise TypeError(
+            f"{operation}: expected a number of seconds as timeout, got {type(timeout).__name__}"
+        )
+    if not 0 < timeout <= threading.TIMEOUT_MAX:
+        raise ValueError(
+            f"{operation}: expected 0 < timeout ≤ {threading.TIMEOUT_MAX:g}, got {timeout}; it is "
+            "in seconds, of waiting for the other ranks"
+        )

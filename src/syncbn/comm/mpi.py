@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..checks import check_timeout
-from .base import Communicator, described, refused_calls
+from .base import Communicator, check_timeout, described, refused_calls
 
 if TYPE_CHECKING:
     from mpi4py import MPI as Engine

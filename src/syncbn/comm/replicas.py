@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch._utils import ExceptionWrapper
 
-from ..recomputation import recompute_here, recomputing
+from ..tensors.recomputation import recompute_here, recomputing
 from .base import Communicator
 
 T = TypeVar("T")

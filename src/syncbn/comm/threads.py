@@ -9,8 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ..checks import check_timeout
-from .base import Communicator, described, refused_calls
+from .base import Communicator, check_timeout, described, refused_calls
 
 
 def threads(world_size: int, *, timeout: float = 300.0) -> list[Threads]:

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 
 import torch
 
+from .. import launch
 from .._version import __version__
-from . import launch, train
+from . import train
 from .data import Digits
 from .options import ARMS, WHOLE, Arm, DemoOptions
 from .train import Outcome, Point, Progress, Task

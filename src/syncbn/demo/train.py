@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ..convert import convert
+from ..models.convert import convert
 from .data import Digits, batches
 from .network import network
 from .options import Arm, DemoOptions

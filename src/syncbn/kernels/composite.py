@@ -30,15 +30,15 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .. import reproducible
-from ..layout import check_samples
-from ..moments import Moments, inverse_deviation, merge, unpack, wide_dtype
+from ..numerics import reproducible
+from ..numerics.moments import Moments, inverse_deviation, merge, unpack, wide_dtype
+from ..tensors.layout import check_samples
 
 NAME = "composite"
 
 
 def measure(x: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Packed moments (1 + 2C,) of x (N, C, *): see :mod:`syncbn.moments`.
+    """Packed moments (1 + 2C,) of x (N, C, *): see :mod:`syncbn.numerics.moments`.
 
     mask: (N, *) bool, or None; only values where it is True count, the others are zero.
     """
@@ -144,9 +144,9 @@ def input_gradient(
 def measure_samples(x: Tensor, lengths: Tensor | None) -> Tensor:
     """The representation (1 + 12C,) of x's moments, each sample measured by itself.
 
-    See :mod:`syncbn.reproducible`. A sample is an element of dimension 0, or lengths (N,) of them.
-    Raises ValueError unless samples lie one after the other without gaps; the bits depend on the
-    order in memory of the dimensions within a sample.
+    See :mod:`syncbn.numerics.reproducible`. A sample is an element of dimension 0, or lengths (N,)
+    of them. Raises ValueError unless samples lie one after the other without gaps; the bits
+    depend on the order in memory of the dimensions within a sample.
     """
     check_samples("measure_samples", x)
     packed = [measure(sample) for sample in _samples(x, lengths)]

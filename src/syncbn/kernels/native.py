@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from ..layout import check_samples
-from ..reproducible import NUMBERS
+from ..numerics.reproducible import NUMBERS
+from ..tensors.layout import check_samples
 
 NAME = "native"
 LIBRARY = Path(__file__).parents[1] / "libsyncbn.so"

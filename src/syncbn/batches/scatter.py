@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..tensors.storages import check_held
 from .nested import indivisible, leaves, mapped, parts, rebuilt, tensors
-from .storages import check_held
 
 _PLAIN = (bool, int, float, complex, str, bytes)
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from .comm import Communicator
-from .kernels import Kernels
-from .layout import samples_apart
+from ..comm import Communicator
+from ..kernels import Kernels
+from ..tensors.layout import samples_apart
 
 
 class Share:
@@ -40,7 +40,7 @@ class Share:
 class ReproducibleShare(Share):
     """A rank sends what makes the result a function of the samples, however they are split.
 
-    Each sample is measured by itself, and :mod:`syncbn.reproducible` adds the samples up.
+    Each sample is measured by itself, and :mod:`syncbn.numerics.reproducible` adds the samples up.
     lengths: (N,) where dimension 0 of x is no longer samples but their values (after a mask): how
     many belong to each sample.
     """

@@ -9,8 +9,8 @@ from typing import Any, Generic
 import torch.nn as nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from . import lazy, modules
-from .modules import SyncBatchNorm
+from ..layers import lazy, modules
+from ..layers.modules import SyncBatchNorm
 
 _TARGETS: dict[type[nn.Module], type[SyncBatchNorm]] = {
     nn.BatchNorm1d: modules.SyncBatchNorm1d,

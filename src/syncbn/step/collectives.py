@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .comm import Communicator
+from ..comm import Communicator
 
 _is_batched = torch._C._functorch.is_legacy_batchedtensor
 _LEVELS = 64  # of vmap inside each other, at most

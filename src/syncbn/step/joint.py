@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .comm import Replica
-from .kernels import Kernels, composite, serving
-from .moments import inverse_deviation, merge, unpack
+from ..comm import Replica
+from ..kernels import Kernels, composite, serving
+from ..numerics.moments import inverse_deviation, merge, unpack
+from ..tensors.storages import check_held
+from ..tensors.transforms import transforming
 from .share import parameter_gradients
-from .storages import check_held
-from .transforms import transforming
 
 
 def together(

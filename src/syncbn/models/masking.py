@@ -9,7 +9,7 @@ from typing import Any
 import torch.nn as nn
 from torch import Tensor
 
-from .modules import SyncBatchNorm
+from ..layers.modules import SyncBatchNorm
 from .names import names_of_modules
 
 

@@ -13,10 +13,10 @@ from typing import Any, TypeVar
 import torch.nn as nn
 from torch.nn.modules.lazy import LazyModuleMixin
 
-from .comm import resolve, subgroups
+from ..comm import resolve, subgroups
+from ..layers.modules import SyncBatchNorm
 from .data_parallel import DataParallel
 from .graphs import compiled_batch_norms
-from .modules import SyncBatchNorm
 from .names import names_of_modules
 from .quantisation import without_observers
 from .registry import Origin, is_candidate, stands_for, target_of

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .storages import check_held
-from .transforms import transforming
+from ..tensors.storages import check_held
+from ..tensors.transforms import transforming
 
 
 def mask_from_lengths(lengths: Tensor, size: int | None = None) -> Tensor:

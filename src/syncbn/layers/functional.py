@@ -7,25 +7,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import dtensors, local
-from .autograd import synchronised
-from .checks import (
+from ..comm import LOCAL, Replica, refuse_join, resolve
+from ..kernels import serving
+from ..step import dtensors, local
+from ..step.autograd import synchronised
+from ..step.checks import (
     check_counter,
     check_input,
     check_not_reproducible,
     check_options,
     check_tensors,
 )
-from .comm import LOCAL, Replica, refuse_join, resolve
-from .joint import together
-from .kernels import serving
-from .layout import lie_apart, samples_apart, torchs_batch_norm, with_gradient_like
-from .masks import blank, check_mask, pack, unpack
-from .share import ReproducibleShare, Share
-from .storages import is_dtensor
-from .tracking import begin_update
-from .transformed import transformed
-from .transforms import check_movable, transforming
+from ..step.joint import together
+from ..step.masks import blank, check_mask, pack, unpack
+from ..step.share import ReproducibleShare, Share
+from ..step.tracking import begin_update
+from ..step.transformed import transformed
+from ..tensors.layout import lie_apart, samples_apart, torchs_batch_norm, with_gradient_like
+from ..tensors.storages import is_dtensor
+from ..tensors.transforms import check_movable, transforming
 
 
 def sync_batch_norm(
@@ -78,7 +78,7 @@ def sync_batch_norm(
         reproducible: make outputs, gradients with respect to ``input`` and running statistics the
             same to the bit for every split of a batch over ranks, on the CPU. Give it, and a mask
             or none, on every rank alike. Costs little for images, some three times as much for
-            rows of features; proof: :mod:`syncbn.reproducible`.
+            rows of features; proof: :mod:`syncbn.numerics.reproducible`.
 
     Returns:
         A tensor of ``input``'s shape, dtype and memory format.

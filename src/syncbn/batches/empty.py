@@ -17,8 +17,8 @@ from .nested import indivisible, parts, rebuilt, tensors
 def without_samples(batch: Any) -> Any:
     """``batch`` with N = 0: every tensor (N, *) as (0, *), of its dtype and on its device.
 
-    Containers (see :mod:`syncbn.nested`) keep their types. A list or tuple of strings becomes
-    empty; None, numbers, strings and tensors without dimensions stay.
+    Containers (see :mod:`syncbn.batches.nested`) keep their types. A list or tuple of strings
+    becomes empty; None, numbers, strings and tensors without dimensions stay.
 
     Raises TypeError for anything else, and for nested and compressed tensors and packed sequences.
     """

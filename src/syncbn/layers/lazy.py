@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn.modules.batchnorm import _LazyNormBase
 from torch.nn.parameter import UninitializedBuffer, is_lazy
 
-from .checks import check_input
+from ..step.checks import check_input
 from .modules import SyncBatchNorm, SyncBatchNorm1d, SyncBatchNorm2d, SyncBatchNorm3d
 
 if TYPE_CHECKING:

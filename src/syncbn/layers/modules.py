@@ -7,18 +7,18 @@ from __future__ import annotations
 
 import copy
 import warnings
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch.nn as nn
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from .checks import check_input, check_options, check_shape, checked_dtype
-from .comm import LOCAL, Unplaced, default_group, resolve
+from ..comm import LOCAL, Unplaced, default_group, resolve
+from ..step.checks import check_input, check_options, check_shape, checked_dtype
+from ..step.masks import given_mask
+from ..step.tracking import skip_nonfinite, skips_nonfinite
+from ..tensors.recomputation import withhold
 from .functional import batch_norm
-from .masks import given_mask
-from .recomputation import withhold
-from .tracking import skip_nonfinite, skips_nonfinite
 
 if TYPE_CHECKING:
     from typing import NoReturn
@@ -68,11 +68,11 @@ class SyncBatchNorm(_BatchNorm):
     """
 
     # On the class too: a converted or unpickled layer may have none of its own.
-    process_group: Any = None
+    process_group = cast(Any, None)
     reproducible: bool = False
     skip_nonfinite = property(skips_nonfinite, skip_nonfinite)
     _bn_momentum_patched = True  # pytorch-pfn-extras' checkpoint asks: one move is one move here
-    _mask_givers: tuple[tuple[list[str], Any], ...] = ()  # masking()'s, from the outermost
+    _mask_givers = cast(tuple[tuple[list[str], Any], ...], ())  # masking()'s, from the outermost
     _shapes: str = "(N, C, *)"
     _dims: tuple[int, ...] = ()
 
@@ -166,7 +166,7 @@ class SyncBatchNorm(_BatchNorm):
     @classmethod
     def convert_sync_batchnorm(cls, module: nn.Module, process_group: Any = None) -> nn.Module:
         """:func:`syncbn.convert` by the name and signature that torch gives it."""
-        from .convert import convert_layers  # convert.py is above: it needs these classes
+        from ..models.convert import convert_layers  # convert.py is above: it needs these classes
 
         return convert_layers(module, process_group, stacklevel=3)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from numbers import Real
 from typing import TYPE_CHECKING, Any
 
@@ -10,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.fx import Proxy
 
-from .storages import check_held, form_of, is_dtensor, is_held
-from .transforms import transforming
+from ..tensors.storages import check_held, form_of, is_dtensor, is_held
+from ..tensors.transforms import transforming
 
 if TYPE_CHECKING:
     from typing import NoReturn
@@ -204,19 +203,6 @@ def refuse_single_value(shape: tuple[int, ...], rank: int, size: int) -> NoRetur
         f"rank {rank} and 1 value per channel on all {size} ranks together; "
         "use a larger batch or call eval() on the layer"
     )
-
-
-def check_timeout(operation: str, timeout: float) -> None:
-    """Refuse what threads cannot wait for: no seconds, or too many."""
-    if isinstance(timeout, bool) or not isinstance(timeout, (int, float)):
-        raise TypeError(
-            f"{operation}: expected a number of seconds as timeout, got {type(timeout).__name__}"
-        )
-    if not 0 < timeout <= threading.TIMEOUT_MAX:
-        raise ValueError(
-            f"{operation}: expected 0 < timeout ≤ {threading.TIMEOUT_MAX:g}, got {timeout}; it is "
-            "in seconds, of waiting for the other ranks"
-        )
 
 
 def check_not_reproducible(reproducible: bool) -> None:

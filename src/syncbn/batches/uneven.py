@@ -10,7 +10,7 @@ from typing import Any, Generic, TypeVar
 import torch
 import torch.nn as nn
 
-from .comm import Communicator, resolve
+from ..comm import Communicator, resolve
 from .empty import named_failures, samples_in, without_samples
 from .transfer import packed, unpacked
 

@@ -10,9 +10,9 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from .moments import wide_dtype
-from .recomputation import moves, moves_in_graph
-from .storages import is_dtensor
+from ..numerics.moments import wide_dtype
+from ..tensors.recomputation import moves, moves_in_graph
+from ..tensors.storages import is_dtensor
 
 Statistics = tuple[Tensor | None, Tensor | None, Tensor | None]
 Batch = tuple[Tensor, Tensor, Tensor]

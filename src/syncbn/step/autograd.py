@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from ..comm import Communicator
+from ..tensors.storages import check_held
+from ..tensors.transforms import batched_or_transforming
 from .checks import refuse_single_value
-from .comm import Communicator
 from .differentiable import differentiable_gradients, with_value
 from .share import Share, parameter_gradients
-from .storages import check_held
-from .transforms import batched_or_transforming
 
 
 def synchronised(

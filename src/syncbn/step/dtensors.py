@@ -11,12 +11,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ..comm import LOCAL, Communicator, ProcessGroup
+from ..kernels import composite
+from ..numerics.moments import Moments, wide_dtype
+from ..tensors.storages import is_dtensor
 from .autograd import synchronised
-from .comm import LOCAL, Communicator, ProcessGroup
-from .kernels import composite
-from .moments import Moments, wide_dtype
 from .share import Share
-from .storages import is_dtensor
 
 
 def check_options_of_dtensor(mask: bool, reproducible: bool) -> None:

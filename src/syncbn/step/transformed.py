@@ -13,19 +13,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .checks import check_options, refuse_single_value
-from .collectives import gather
-from .comm import LOCAL, Communicator, Replica, Threads, refuse_join, resolve
-from .differentiable import tie
-from .kernels import composite
-from .masks import blank, check_mask
-from .storages import is_dtensor
-from .transforms import (
+from ..comm import LOCAL, Communicator, Replica, Threads, refuse_join, resolve
+from ..kernels import composite
+from ..tensors.storages import is_dtensor
+from ..tensors.transforms import (
     any_element_is_one,
     check_forward_mode,
     check_not_recording,
     check_not_transforming,
 )
+from .checks import check_options, refuse_single_value
+from .collectives import gather
+from .differentiable import tie
+from .masks import blank, check_mask
 
 
 def transformed(

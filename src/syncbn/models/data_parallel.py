@@ -13,12 +13,12 @@ import torch.nn as nn
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
-from .comm import Crew, Replica, refused_group, resolve
-from .empty import forget_original
-from .modules import SyncBatchNorm
-from .scatter import gather, scatter
-from .storages import check_held
-from .transforms import transforming
+from ..batches.empty import forget_original
+from ..batches.scatter import gather, scatter
+from ..comm import Crew, Replica, refused_group, resolve
+from ..layers.modules import SyncBatchNorm
+from ..tensors.storages import check_held
+from ..tensors.transforms import transforming
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 Device = int | str | torch.device

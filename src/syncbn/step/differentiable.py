@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..comm import Communicator
+from ..kernels import composite
+from ..numerics.moments import inverse_deviation, merge, unpack
 from .collectives import gather, reduce
-from .comm import Communicator
-from .kernels import composite
-from .moments import inverse_deviation, merge, unpack
 
 
 def differentiable_gradients(

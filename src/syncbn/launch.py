@@ -1,4 +1,4 @@
-"""The processes of one arm: start them, hear from them, and leave none behind, whatever happens.
+"""Processes that are ranks on this machine: start them, hear from them, leave none behind.
 
 Not torch.multiprocessing.spawn: that blocks, reports whichever dead rank it finds first (often
 one that merely lost its peer), and leaves traceback files in the temporary directory.

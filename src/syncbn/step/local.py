@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .comm import LOCAL
+from ..comm import LOCAL
+from ..kernels import native, native_serves
+from ..tensors.storages import check_held
+from ..tensors.transforms import transforming
 from .differentiable import differentiable_gradients
-from .kernels import native, native_serves
 from .share import parameter_gradients
-from .storages import check_held
-from .transforms import transforming
 
 
 def serves(

@@ -1,0 +1,1 @@
+"""Batches of any nesting: walked, scattered, sent, emptied."""

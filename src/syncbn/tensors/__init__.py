@@ -1,0 +1,1 @@
+"""What torch does with a tensor: storage, strides, transforms, a checkpoint's recomputation."""
