@@ -12,7 +12,7 @@ setup: $(READY)
 INSTALL := -m pip install -q -c constraints.txt
 
 # torch comes first and from constraints.txt, so that nothing else asks for another build of it.
-$(READY): pyproject.toml constraints.txt setup.py $(wildcard csrc/*)
+$(READY): pyproject.toml constraints.txt setup.py $(wildcard csrc/*/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python $(INSTALL) torch setuptools wheel
 	$(BIN)/python $(INSTALL) --no-build-isolation -e '.[dev]'
@@ -50,11 +50,13 @@ $(NATIVE)/isa_v3.o: LEVEL := -march=x86-64-v3
 $(NATIVE)/isa_v4.o: LEVEL := -march=x86-64-v4
 endif
 
-$(NATIVE)/%.o: csrc/%.cpp $(wildcard csrc/*.h)
-	@mkdir -p $(NATIVE)
-	$(CXX) $(SANITIZED) $(LEVEL) -c $< -o $@
+HEADERS := $(filter-out csrc/torch/%,$(wildcard csrc/*/*.h))
 
-$(NATIVE)/test_%: tests/native/test_%.cpp $(wildcard tests/native/*.h) $(wildcard csrc/*.h) \
+$(NATIVE)/%.o: csrc/loops/%.cpp $(HEADERS)
+	@mkdir -p $(NATIVE)
+	$(CXX) $(SANITIZED) $(LEVEL) -Icsrc -c $< -o $@
+
+$(NATIVE)/test_%: tests/native/test_%.cpp $(wildcard tests/native/*.h) $(HEADERS) \
     $(NATIVE)/isa_baseline.o $(NATIVE)/isa_v3.o $(NATIVE)/isa_v4.o
 	$(CXX) $(SANITIZED) -Icsrc $< $(filter %.o,$^) -o $@
 

@@ -24,7 +24,10 @@ from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 LIBRARY = "syncbn.libsyncbn"
-SOURCES = ["isa_baseline.cpp", "isa_v3.cpp", "isa_v4.cpp", "register.cpp"]
+SOURCES = [
+    *("csrc/loops/isa_baseline.cpp", "csrc/loops/isa_v3.cpp", "csrc/loops/isa_v4.cpp"),
+    "csrc/torch/register.cpp",
+]
 FLAGS = [
     *("-std=c++17", "-O3", "-g0", "-fno-math-errno", "-fno-strict-aliasing", "-fvisibility=hidden"),
     # of GCC: vectors as arguments, its own headers; of Clang, that it does not know the second
@@ -47,9 +50,9 @@ def native() -> Extension:
     home = Path(torch.origin).parent if torch and torch.origin else None
     return Extension(
         LIBRARY,
-        [f"csrc/{name}" for name in SOURCES],
-        depends=[str(path) for path in Path("csrc").glob("*.h")],
-        include_dirs=[str(home / "include")] if home else [],
+        SOURCES,
+        depends=[str(path) for path in Path("csrc").rglob("*.h")],
+        include_dirs=["csrc", *([str(home / "include")] if home else [])],
         library_dirs=[str(home / "lib")] if home else [],
         libraries=["torch_cpu"],
         define_macros=[("TORCH_TARGET_VERSION", "0x020a000000000000")],  # 2.10
@@ -84,7 +87,7 @@ class BuildLibrary(build_ext):
     def build_extension(self, ext: Extension) -> None:
         if os.name == "nt":
             raise RuntimeError("on Windows, whose compiler does not speak GNU C++")
-        if not ext.include_dirs:
+        if not ext.library_dirs:
             raise RuntimeError("torch is not installed where syncbn was built")
         compiler, compile_all = self.compiler, self.compiler.compile
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -141,8 +142,22 @@ def test_importing_starts_nothing():
     assert not {"syncbn.cli", "syncbn.demo"} & set(result.stdout.split())
 
 
+# From the top down: a folder of csrc/ includes from itself and from those after it. Only the first
+# may include torch: the others are tested without it.
+FOLDERS = ("torch", "steps", "plan", "loops")
+
+
+def test_includes_point_one_way():
+    for path in (*CSRC.rglob("*.h"), *CSRC.rglob("*.cpp")):
+        own = path.relative_to(CSRC).parts[0]
+        text = path.read_text()
+        included = re.findall(r'^#include "(\w+)/', text, re.MULTILINE)
+        assert set(included) <= set(FOLDERS[FOLDERS.index(own) :]), f"{path} includes upwards"
+        assert own == "torch" or "#include <torch/" not in text, f"{path} includes torch"
+
+
 def test_files_stay_short():
-    for path in (*SOURCE.rglob("*.py"), *CSRC.iterdir()):
+    for path in (*SOURCE.rglob("*.py"), *CSRC.rglob("*.h"), *CSRC.rglob("*.cpp")):
         assert len(path.read_text().splitlines()) <= 250, f"{path.name} wants to be two files"
 
 

@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -56,11 +57,11 @@ def test_one_wheel_for_every_python(copy):
 
 COMPILER = """#!/bin/sh
 echo "$0: warning: this compiler is only a test" >&2
-echo "csrc/isa_v3.cpp:1:1: error: what is a vector?" >&2
+echo "csrc/loops/isa_v3.cpp:1:1: error: what is a vector?" >&2
 echo "compilation terminated." >&2
 exit 1
 """
-SAID = "csrc/isa_v3.cpp:1:1: error: what is a vector?"
+SAID = "csrc/loops/isa_v3.cpp:1:1: error: what is a vector?"
 
 
 def test_without_a_compiler_there_is_a_pure_python_wheel(copy):
@@ -107,3 +108,14 @@ def test_without_torch_there_is_a_pure_python_wheel(copy):
     assert not [name for name in names if name.endswith(".so")]
     assert tag.endswith("-py3-none-any.whl")
     assert said.count("syncbn: without compiled CPU operators (torch is not installed where") == 1
+
+
+def test_the_source_distribution_has_every_source_of_the_operators(copy):
+    command = [sys.executable, "setup.py", "-q", "sdist", "--dist-dir", "dist"]
+    subprocess.run(command, timeout=300, cwd=copy, check=True)
+    (archive,) = (copy / "dist").glob("*.tar.gz")
+    with tarfile.open(archive) as file:
+        packed = {name.partition("/")[2] for name in file.getnames()}
+    sources = {path.relative_to(ROOT).as_posix() for path in (ROOT / "csrc").rglob("*.*")}
+    assert len({source.split("/")[1] for source in sources}) == 4
+    assert sources <= packed

@@ -4,8 +4,8 @@
 #include <cstdlib>
 
 #include "cases.h"
-#include "isa.h"
-#include "local.h"
+#include "loops/isa.h"
+#include "steps/fused.h"
 
 namespace syncbn::test {
 

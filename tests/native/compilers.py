@@ -55,13 +55,13 @@ def build(compiler: str) -> list[Path]:
     places = (f"--build-lib={home}/lib", f"--build-temp={home}/temp")
     said = run(sys.executable, "setup.py", "-q", "build", *places, CC=compiler, CXX=compiler)
     assert (home / "lib/syncbn/libsyncbn.so").exists(), said
-    return sorted((home / "temp/csrc").glob("isa_*.o"))
+    return sorted((home / "temp/csrc/loops").glob("isa_*.o"))
 
 
 def build_loops(compiler: str) -> list[Path]:
     """The loops that need no flags of their own."""
     loops = WORK / compiler / "isa_baseline.o"
-    run(compiler, *FLAGS, "-O3", "-c", "csrc/isa_baseline.cpp", "-o", loops)
+    run(compiler, *FLAGS, "-O3", "-Icsrc", "-c", "csrc/loops/isa_baseline.cpp", "-o", loops)
     return [loops]
 
 

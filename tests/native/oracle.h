@@ -10,7 +10,7 @@
 #include <string>
 #include <vector>
 
-#include "geometry.h"
+#include "plan/geometry.h"
 
 namespace syncbn::test {
 

@@ -4,8 +4,8 @@
 #include <cstdlib>
 
 #include "cases.h"
-#include "isa.h"
-#include "samples.h"
+#include "loops/isa.h"
+#include "steps/samples.h"
 #include "threads.h"
 
 namespace syncbn::test {

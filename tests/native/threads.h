@@ -5,8 +5,8 @@
 #include <thread>
 #include <vector>
 
-#include "parallel.h"
-#include "work.h"
+#include "plan/parallel.h"
+#include "plan/work.h"
 
 namespace syncbn::test {
 

@@ -5,7 +5,7 @@
 #include <cpuid.h>
 #endif
 
-#include "types.h"
+#include "loops/types.h"
 
 namespace syncbn {
 

@@ -6,20 +6,11 @@
 
 #include <type_traits>
 
-#include "parameters.h"
-#include "work.h"
+#include "plan/parameters.h"
+#include "plan/partial.h"
+#include "plan/work.h"
 
 namespace syncbn {
-
-// Partial moments per segment and column, and the sums of the backward pass, are pairs of arrays.
-struct Pairs {
-  double *first, *second;
-  Pairs row(int64_t r, int64_t columns) const {
-    return {first + r * columns, second + r * columns};
-  }
-};
-
-inline bool finite(double v) { return v - v == 0; }
 
 // Calls body(T{}, j) for the tile's columns where again(j).
 template <class Again, class Body>

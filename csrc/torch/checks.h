@@ -9,8 +9,8 @@
 #include <stdexcept>
 #include <string>
 
-#include "geometry.h"
-#include "parameters.h"
+#include "plan/geometry.h"
+#include "plan/parameters.h"
 
 namespace syncbn::operators {
 

@@ -4,7 +4,7 @@
 
 #include <cstdint>
 
-#include "types.h"
+#include "loops/types.h"
 
 namespace syncbn {
 

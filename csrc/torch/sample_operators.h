@@ -1,11 +1,11 @@
 // The operators of samples that are added up so that no split of the batch shows.
-// Shapes: src/syncbn/kernels/composite.py; method and proof: src/syncbn/reproducible.py.
+// Shapes: src/syncbn/kernels/composite.py; method and proof: src/syncbn/numerics/reproducible.py.
 #pragma once
 
 #include <vector>
 
-#include "samples.h"
-#include "tensors.h"
+#include "steps/samples.h"
+#include "torch/tensors.h"
 
 namespace syncbn::operators {
 

@@ -2,7 +2,7 @@
 // the cache, the second finds there.
 #pragma once
 
-#include "steps.h"
+#include "steps/steps.h"
 
 namespace syncbn {
 

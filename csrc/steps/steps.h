@@ -6,11 +6,12 @@
 #include <initializer_list>
 #include <memory>
 
-#include "parallel.h"
-#include "parameters.h"
-#include "partial.h"
-#include "types.h"
-#include "work.h"
+#include "loops/types.h"
+#include "plan/parallel.h"
+#include "plan/parameters.h"
+#include "plan/partial.h"
+#include "plan/work.h"
+#include "steps/tiles.h"
 
 namespace syncbn {
 
@@ -68,6 +69,11 @@ inline Coefficients from_channel(const Work& w, const Coefficients& k, int64_t c
 }
 
 // --- the steps -------------------------------------------------------------------------------
+
+inline void measure_tail(const Work& w, const View& x, const Pairs& partial) {
+  const Pairs tail = partial.row(w.segments, w.columns);
+  w.over_tail([&](const Tile& t) { measure_tile(w, x, t, tail); });
+}
 
 // Packed moments [count, mean…, M2…] of x.
 inline void measure(const Parallel& parallel, const Work& w, const View& x, double* packed) {

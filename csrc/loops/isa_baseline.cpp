@@ -13,4 +13,4 @@
 #endif
 #define SYNCBN_VECTOR_BYTES 16
 #define SYNCBN_AVX 0
-#include "loops.h"
+#include "loops/loops.h"

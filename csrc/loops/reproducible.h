@@ -1,4 +1,4 @@
-// Sums that no split of their terms changes: method, proof and shapes in src/syncbn/reproducible.py.
+// Sums that no split of their terms changes: method, proof and shapes in src/syncbn/numerics/reproducible.py.
 //
 // Included once per instruction set, inside its namespace; plain loops over columns. All is double,
 // and every operation rounds by itself: a sum must not swallow the rounding of a product before it.

@@ -7,5 +7,5 @@
 #define SYNCBN_NAME "x86-64-v4"
 #define SYNCBN_VECTOR_BYTES 64
 #define SYNCBN_AVX 512
-#include "loops.h"
+#include "loops/loops.h"
 #endif

@@ -1,13 +1,25 @@
 // Moments and sums of segments and columns, and how they become those of channels.
 #pragma once
 
-#include "careful.h"
+#include <cstdint>
+
+#include "plan/work.h"
 
 namespace syncbn {
 
+// Partial moments per segment and column, and the sums of the backward pass, are pairs of arrays.
+struct Pairs {
+  double *first, *second;
+  Pairs row(int64_t r, int64_t columns) const {
+    return {first + r * columns, second + r * columns};
+  }
+};
+
+inline bool finite(double v) { return v - v == 0; }
+
 // --- moments ---------------------------------------------------------------------------------
 
-// Takes means apart into a base and an offset from it; see moments.h.
+// Takes means apart into a base and an offset from it; see loops/moments.h.
 inline void from_base(int64_t n, const double* mean, double* base, double* offset) {
   for (int64_t j = 0; j < n; ++j) base[j] = finite(mean[j]) ? mean[j] : 0;
   for (int64_t j = 0; j < n; ++j) offset[j] = mean[j] - base[j];
@@ -51,11 +63,6 @@ inline void merge_columns(const Work& w, const Pairs& partial, double* base, con
     before = all;
   }
   for (int64_t c = 0; c < w.channels; ++c) result.first[c] += base[c];
-}
-
-inline void measure_tail(const Work& w, const View& x, const Pairs& partial) {
-  const Pairs tail = partial.row(w.segments, w.columns);
-  w.over_tail([&](const Tile& t) { measure_tile(w, x, t, tail); });
 }
 
 // --- gradient sums ---------------------------------------------------------------------------

@@ -6,7 +6,7 @@
 #include <cstring>
 #include <type_traits>
 
-#include "types.h"
+#include "loops/types.h"
 
 namespace syncbn {
 

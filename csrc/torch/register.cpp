@@ -1,8 +1,8 @@
 // Registers the operators with torch.
 #include <torch/csrc/stable/library.h>
 
-#include "operators.h"
-#include "sample_operators.h"
+#include "torch/operators.h"
+#include "torch/sample_operators.h"
 
 // The instruction set whose loops run here, for `syncbn info`.
 extern "C" __attribute__((visibility("default"))) const char* syncbn_instruction_set() {

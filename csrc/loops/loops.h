@@ -9,18 +9,18 @@
 #include <type_traits>
 #include <utility>
 
-#include "types.h"
+#include "loops/types.h"
 
 namespace syncbn::SYNCBN_ISA {
 
-#include "vector.h"
-#include "elements.h"
-#include "moments.h"
-#include "streams.h"
-#include "contiguous.h"
-#include "groups.h"
-#include "channels_last.h"
-#include "reproducible.h"  // last: its rule for rounding may hold to the end
+#include "loops/vector.h"
+#include "loops/elements.h"
+#include "loops/moments.h"
+#include "loops/streams.h"
+#include "loops/contiguous.h"
+#include "loops/groups.h"
+#include "loops/channels_last.h"
+#include "loops/reproducible.h"  // last: its rule for rounding may hold to the end
 
 template <class T>
 constexpr Loops planes = {measure_planes<T>, normalise_planes<T>, gradient_sums_planes<T>,

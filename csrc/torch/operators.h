@@ -4,8 +4,8 @@
 
 #include <tuple>
 
-#include "local.h"
-#include "tensors.h"
+#include "steps/fused.h"
+#include "torch/tensors.h"
 
 namespace syncbn::operators {
 

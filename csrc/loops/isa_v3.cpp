@@ -7,5 +7,5 @@
 #define SYNCBN_NAME "x86-64-v3"
 #define SYNCBN_VECTOR_BYTES 32
 #define SYNCBN_AVX 256
-#include "loops.h"
+#include "loops/loops.h"
 #endif

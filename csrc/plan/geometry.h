@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-#include "types.h"
+#include "loops/types.h"
 
 namespace syncbn {
 

@@ -1,4 +1,4 @@
-// What the loops and the steps agree on: element types, views of tensors, tables of loops. No torch.
+// What the loops and their callers agree on: element types, views of tensors, tables of loops.
 #pragma once
 
 #include <cstdint>
@@ -111,7 +111,7 @@ struct ChannelLoops {
 };
 
 // Sums that no split of their terms changes, as representations: `represented` rows of columns, the
-// rows `stride` apart. Method and proof: src/syncbn/reproducible.py.
+// rows `stride` apart. Method and proof: src/syncbn/numerics/reproducible.py.
 constexpr int64_t slices = 4;
 constexpr int64_t represented = 1 + slices + 1;  // top, slices, the sum of what is not finite
 constexpr double lowest_top = -31;

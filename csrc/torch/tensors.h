@@ -3,10 +3,10 @@
 
 #include <torch/csrc/stable/ops.h>
 
-#include "checks.h"
-#include "geometry.h"
-#include "isa.h"
-#include "steps.h"
+#include "loops/isa.h"
+#include "plan/geometry.h"
+#include "steps/steps.h"
+#include "torch/checks.h"
 
 namespace syncbn::operators {
 

@@ -1,10 +1,10 @@
 // The moments and gradient sums of samples, added up so that no split of the batch changes them.
-// Method, proof and shapes: src/syncbn/reproducible.py.
+// Method, proof and shapes: src/syncbn/numerics/reproducible.py.
 #pragma once
 
 #include <algorithm>
 
-#include "steps.h"
+#include "steps/steps.h"
 
 namespace syncbn {
 
