@@ -96,6 +96,7 @@ bench-toy: $(READY)
 	$(BIN)/python benchmarks/collectives.py --ranks 2 --rounds 5
 	$(BIN)/python benchmarks/cpu.py --quick
 	$(BIN)/python benchmarks/cpu.py ranks --quick
+	$(BIN)/python benchmarks/cpu_compilers.py --quick
 
 clean:
 	rm -rf .venv build dist src/*.egg-info src/syncbn/*.so src/syncbn/libsyncbn.txt .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,4 +1,4 @@
-"""benchmarks/cpu.py runs at toy size, and what it prints and draws is complete."""
+"""benchmarks/cpu.py and cpu_compilers.py run at toy size; what they print and draw is complete."""
 
 from __future__ import annotations
 
@@ -9,13 +9,15 @@ from pathlib import Path
 
 import pytest
 
+from syncbn.kernels import native
+
 FOLDER = Path(__file__).parent.parent / "benchmarks"
 
 
-def run(*options: str, code: str = "") -> subprocess.CompletedProcess[str]:
-    script = ["-c", code] if code else ["cpu.py"]
+def run(*options: str, script: str = "cpu.py", code: str = "") -> subprocess.CompletedProcess[str]:
+    program = ["-c", code] if code else [script]
     return subprocess.run(
-        [sys.executable, *script, *options],
+        [sys.executable, *program, *options],
         cwd=FOLDER,
         capture_output=True,
         text=True,
@@ -24,8 +26,8 @@ def run(*options: str, code: str = "") -> subprocess.CompletedProcess[str]:
     )
 
 
-def rows_of(*options: str) -> list[dict]:
-    result = run(*options, "--quick", "--json")
+def rows_of(*options: str, script: str = "cpu.py") -> list[dict]:
+    result = run(*options, "--quick", "--json", script=script)
     assert result.returncode == 0, result.stderr
     printed = json.loads(result.stdout)
     assert "kernels" in printed["environment"]
@@ -81,3 +83,32 @@ def test_model_without_transformers_says_so():
     result = run("model", code=code)
     assert result.returncode == 1
     assert result.stderr == "Error: transformers is missing: pip install transformers\n"
+
+
+@pytest.mark.skipif(not native.available(), reason=str(native.unavailable()))
+def test_compilers():
+    """Compares the installed library with itself."""
+    rows = rows_of("--turns", "1", "--repetitions", "2", script="cpu_compilers.py")
+    cells = {(r["dtype"], r["layout"], r["pass"]) for r in rows}
+    kinds = (("float32", "contiguous"), ("bfloat16", "channels_last"))
+    assert cells == {(*kind, pass_) for kind in kinds for pass_ in ("forward", "backward")}
+    assert all(min(row["old_us"], row["new_us"], row["new/old"][0]) > 0 for row in rows)
+
+
+def test_compilers_tells_what_is_outside(monkeypatch):
+    monkeypatch.syspath_prepend(str(FOLDER))
+    import cpu_compilers
+
+    repetitions = [{"forward": [2.0, 2.0 * n], "backward": [2.0, 1.8 * n]} for n in (1.1, 1.2, 1.3)]
+    rows = cpu_compilers.rows_of({cpu_compilers.TOYS[0]: repetitions})
+    assert [row["new/old"] for row in rows] == [
+        pytest.approx((1.2, 0.1)),
+        pytest.approx((1.08, 0.09)),
+    ]
+    assert [row["verdict"] for row in rows] == ["outside 15 %", "within 15 %"]
+
+
+def test_compilers_refuses_what_is_not_there():
+    result = run("no-such-g++", "g++", script="cpu_compilers.py")
+    assert result.returncode == 2
+    assert "no-such-g++ is not here" in result.stderr
