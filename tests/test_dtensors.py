@@ -49,7 +49,7 @@ def step(call, layer, x, dy):
     x = x.detach().requires_grad_()
     layer.zero_grad()
     y = call(x)
-    y.backward(distribute_tensor(dy, y.device_mesh, y.placements))
+    y.backward(distribute_tensor(dy, y.device_mesh, y.placements) if type(y) is DTensor else dy)
     gradients = [full(p.grad) for p in layer.parameters()]
     state = {name: full(value).clone() for name, value in layer.state_dict().items()}
     return full(y.detach()), full(x.grad), gradients, state
@@ -120,6 +120,37 @@ def test_what_is_sharded_stays_sharded(ranks):
         return found
 
     assert all(all(found) for found in ranks(2, run))
+
+
+ONE = [((1, 3), 0), ((1, 2, 3, 3), 0), ((2, 5, 1), 2), ((5, 1), 1), ((2, 1, 4), 1), ((1, 3, 4), 0)]
+
+
+@pytest.mark.parametrize("size", [1, 2, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("affine", [True, False])
+def test_a_sharded_dimension_of_one_element(ranks, size, training, affine):
+    """Which DTensor shards, but does not reshape."""
+    batches = [torch.randn(2, *shape, dtype=torch.float64) for shape, _ in ONE]
+
+    def run(rank):
+        mesh, results = init_device_mesh("cpu", (size,)), []
+        for (x, dy), (shape, dim) in zip(batches, ONE, strict=True):
+            layer = syncbn.SyncBatchNorm(shape[1], affine=affine, dtype=torch.float64)
+            distribute_module(layer.train(training), mesh)
+            try:
+                results.append(step(layer, layer, placed(x, mesh, Shard(dim)), dy))
+            except ValueError as error:
+                results.append(str(error))
+        return results
+
+    for results in ranks(size, run):
+        for (x, dy), found in zip(batches, results, strict=True):
+            if training and x.numel() == x.shape[1]:
+                assert found.startswith("Expected more than 1 value per channel when training")
+                continue
+            plain = nn.BatchNorm1d(x.shape[1], affine=affine, dtype=torch.float64).train(training)
+            plain._check_input_dim = lambda x: None
+            torch.testing.assert_close(found, step(plain, plain, x, dy))
 
 
 @pytest.mark.slow

@@ -80,11 +80,12 @@ def batch_norm(
 ) -> Tensor:
     """y of the whole batch (N, C, *), sharded over samples or channels as input is, else whole.
 
+    A dimension of one element counts as whole: DTensor cannot reshape it back while it is sharded.
     Plain tensors among the others count as the same on every rank, as do their gradients.
     """
     from torch.distributed.tensor import Replicate, Shard
 
-    kept = [type(p) is Shard and p.dim < 2 for p in input.placements]
+    kept = [type(p) is Shard and p.dim < 2 and input.shape[p.dim] > 1 for p in input.placements]
     places = [p if keep else Replicate() for p, keep in zip(input.placements, kept, strict=True)]
     x = input.redistribute(placements=places)
     mean, var, batches = (_on(x, t) for t in (running_mean, running_var, num_batches_tracked))
