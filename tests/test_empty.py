@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import pickle
+import threading
+import warnings
 
 import pytest
 import torch
@@ -110,6 +112,159 @@ def test_other_errors_and_copies_of_a_watched_model():
         assert not torch.equal(twin(torch.ones(1, 3)), model(torch.ones(1, 3)))
     steps.close()
     assert "forward" not in vars(model)
+
+
+def watching(model):
+    """An epoch over ``model`` that has begun; close() ends it."""
+    steps = iter(syncbn.until_all_done([torch.ones(0, 3)], model=model))
+    next(steps)
+    return steps
+
+
+def network():
+    return nn.Sequential(nn.Linear(3, 3), nn.Sequential(nn.BatchNorm1d(3), Viewed()))
+
+
+def named(model):
+    """The layer that the error blames, once."""
+    with pytest.raises(RuntimeError) as caught:
+        model(torch.ones(0, 3))
+    said = str(caught.value)
+    assert said.count("cannot take a batch") == (type(caught.value) is not RuntimeError)
+    return said.split()[1] if said.startswith("until_all_done") else None
+
+
+def left(model):
+    """What a context has left on a model."""
+    return [
+        (name, layer)
+        for name, layer in model.named_modules()
+        if "forward" in vars(layer) or layer._forward_hooks or layer._forward_pre_hooks
+    ]
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_two_contexts_end_in_any_order(first):
+    model = network()
+    contexts = [watching(model), watching(model)]
+    assert named(model) == "1.1"
+    contexts.pop(first).close()
+    assert named(model) == "1.1"
+    contexts.pop().close()
+    assert named(model) is None
+    assert not left(model)
+
+
+@pytest.mark.parametrize("first", [0, 1])
+@pytest.mark.parametrize("outermost", [0, 1])
+def test_contexts_on_a_model_and_on_a_part_of_it(first, outermost):
+    model = network()
+    watched = [model, model[1]] if outermost else [model[1], model]
+    contexts = {part: watching(part) for part in watched}
+    assert (named(model), named(model[1])) == ("1.1", "1")
+    contexts.pop(watched.pop(first)).close()
+    assert named(model) == ("1.1" if model in watched else "1")
+    contexts.popitem()[1].close()
+    assert not left(model)
+
+
+def test_a_forward_of_the_models_own():
+    """Of before, which comes back; of meanwhile, around the watch, which stays."""
+    model = network()
+    own = model.forward = lambda x: nn.Sequential.forward(model, x)
+    contexts = watching(model), watching(model)
+    assert named(model) == "1.1"
+    x = torch.randn(4, 3)
+    for twin in (copy.deepcopy(model), copy.copy(model)):
+        assert torch.equal(twin(x), model(x))
+    for context in contexts:
+        context.close()
+    assert vars(model)["forward"] is own
+    context, watched = watching(model), vars(model)["forward"]
+    around = model.forward = lambda x: watched(x)
+    context.close()
+    assert vars(model)["forward"] is around
+    assert named(model) is None
+    context = watching(model)
+    assert named(model) == "1.1"
+    context.close()
+    assert vars(model)["forward"] is around
+
+
+def test_convert_and_revert_of_the_watched_layer_itself():
+    layer = nn.BatchNorm1d(3)
+    context = watching(layer)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        syncbn.convert(layer)
+        x = torch.randn(4, 3)
+        assert not layer(x, mask=torch.zeros(4) > 0).any()  # which only syncbn's layers take
+        twins = copy.deepcopy(layer), pickle.loads(pickle.dumps(layer)), copy.copy(layer)
+        for module in (layer, *twins):
+            assert type(syncbn.revert(module)) is nn.BatchNorm1d
+            with pytest.raises(TypeError, match="mask"):
+                module(x, mask=torch.zeros(4) > 0)
+            assert type(syncbn.convert(module)) is syncbn.SyncBatchNorm1d
+            assert not module(x, mask=torch.zeros(4) > 0).any()
+    with pytest.raises(RuntimeError, match=r"done: the model .*SyncBatchNorm1d. cannot take"):
+        layer(torch.ones(0, 4))
+    context.close()
+    assert not left(layer)
+    assert all("forward" not in vars(twin) for twin in twins)
+
+
+def test_threads_that_share_a_model():
+    """One fails while another has an empty batch in the same layer."""
+    inside, beside, failed = (threading.Event() for _ in range(3))
+
+    class Later(nn.Module):
+        def forward(self, x):
+            assert len(x) or inside.wait(60)
+            return x
+
+    class Meeting(nn.Module):
+        def forward(self, x):
+            if len(x):
+                inside.set()
+                assert beside.wait(60)
+                raise OSError("its own")
+            beside.set()
+            assert failed.wait(60)
+            return x
+
+    model = nn.Sequential(Later(), Meeting())
+    context, seen = watching(model), []
+    thread = threading.Thread(target=lambda: seen.append(model(torch.ones(0, 3))))
+    thread.start()
+    try:
+        with pytest.raises(OSError, match="its own"):
+            model(torch.ones(2, 3))
+    finally:
+        failed.set()
+        thread.join()
+        context.close()
+    assert seen[0].shape == (0, 3)
+    assert not left(model)
+
+
+@pytest.mark.usefixtures("no_hang")
+def test_replicas_that_are_watched_name_their_layers():
+    model = syncbn.DataParallel(syncbn.convert(network()), ["cpu"] * 2)
+    context = watching(model)
+    assert model(torch.randn(4, 3)).shape == (4, 3)
+    assert named(model) == "module.1.1"
+    context.close()
+    assert not left(model)
+
+
+def test_a_scripted_model():
+    model = torch.jit.script(nn.Sequential(nn.Linear(3, 3)))
+    x = torch.randn(2, 3)
+    expected = model(x)
+    context = watching(model)
+    assert torch.equal(model(x), expected)
+    context.close()
+    assert torch.equal(model(x), expected)
 
 
 def test_replicas_of_a_watched_model_normalise_together():

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import torch.nn as nn
 from torch.nn.modules.lazy import LazyModuleMixin
 
+from ..batches.empty import own_forward, unwatch_copy
 from ..comm import resolve, subgroups
 from ..layers.modules import SyncBatchNorm
 from .data_parallel import DataParallel
@@ -119,7 +120,7 @@ def convert_layers(
     for name, layer in layers:
         if not isinstance(layer, SyncBatchNorm):
             target = target_of(type(layer))
-            if target is None or "forward" in vars(layer):
+            if target is None or own_forward(layer) is not None:
                 left_alone.append(_described(name, layer))
                 continue
             origin = Origin(type(layer), target, getattr(layer, "process_group", None))
@@ -176,7 +177,7 @@ def revert(module: ModuleT) -> ModuleT:
             continue
         origin = vars(layer).get("_origin") or stands_for(type(layer))
         ours = origin and type(layer) in (origin.target, _materialised(origin.target))
-        if origin is None or not ours or "forward" in vars(layer):
+        if origin is None or not ours or own_forward(layer) is not None:
             left_alone.append(_described(name, layer))
             continue
         if "_origin" not in vars(layer):
@@ -216,10 +217,8 @@ def _narrow_statistics(layer: SyncBatchNorm) -> None:
 
 
 def _convert_wrappers(module: nn.Module) -> None:
-    for wrapper in module.modules():
-        if type(wrapper) is nn.DataParallel and any(
-            isinstance(layer, SyncBatchNorm) for layer in wrapper.modules()
-        ):
+    for wrapper in [each for each in module.modules() if type(each) is nn.DataParallel]:
+        if any(isinstance(layer, SyncBatchNorm) for layer in wrapper.modules()):
             _become(wrapper, DataParallel, _origin=nn.DataParallel)
 
 
@@ -235,6 +234,7 @@ def _materialised(cls: Any) -> Any:
 
 
 def _become(layer: nn.Module, cls: type[nn.Module], **attributes: Any) -> None:
+    unwatch_copy(layer)
     vars(layer).update(attributes)
     layer.__class__ = cls
 
