@@ -82,14 +82,18 @@ test-wheel: $(READY)
 	SYNCBN_KERNELS=native $(WHEEL)/env/bin/python $(PYTEST) tests/test_house.py \
 	  tests/test_native.py tests/test_kernels.py tests/test_exact.py tests/test_modules.py
 
+CXX_FILES := $(wildcard csrc/*/*.h csrc/*/*.cpp tests/native/*.h tests/native/*.cpp)
+
 lint: $(READY)
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
+	$(BIN)/clang-format --dry-run --Werror $(CXX_FILES)
 	$(BIN)/mypy
 
 format: $(READY)
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
+	$(BIN)/clang-format -i $(CXX_FILES)
 
 bench-toy: $(READY)
 	$(BIN)/python benchmarks/layer.py --shape 2,8,6,6 --rounds 5

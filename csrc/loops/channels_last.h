@@ -6,9 +6,9 @@
 constexpr int64_t row_block = 32;
 constexpr int64_t first_rows = row_block / 4;  // see first_chunk in streams.h
 
-// Memory is fastest read from end to end, row by row. Narrow rows are that too when several go
-// side by side, which saves loads of per-channel numbers; and rows of a page or more then are
-// several streams, each with a prefetcher.
+// Whether to take several rows at a time, which saves loads of per-channel numbers. Memory is
+// fastest read from end to end: several narrow rows still are, and rows of a page or more are
+// several streams, each of which the processor prefetches. In between it is faster row by row.
 template <class T>
 SYNCBN_INLINE bool side_by_side(int64_t channels) {
   const int64_t bytes = channels * int64_t(sizeof(T));
@@ -32,7 +32,8 @@ SYNCBN_INLINE void for_row_blocks(const View& x, const Tile& t, int64_t most, Bo
   }
 }
 
-// Calls body(some, group, r, c, n) over the channels of some.value rows at a time, from row r on.
+// Calls body(some, group, r, c, n) for each group of channels (see for_groups), of some.value rows
+// at a time from row r on.
 template <class T, class Body>
 SYNCBN_INLINE void over_rows(int64_t rows, int64_t channels, Body body) {
   int64_t r = 0;
@@ -46,14 +47,14 @@ SYNCBN_INLINE void over_rows(int64_t rows, int64_t channels, Body body) {
   pass(Count<1>{});
 }
 
-// Per channel, the sums of two terms over the rows of a block: add(group, r, c, n, a, b) adds those
-// of row r to a and b.
+// Sums two terms per channel over the rows of a block: add(group, r, c, n, a, b) adds those of row
+// r to a and b.
 template <class T, class Add>
 SYNCBN_INLINE void sum_rows(int64_t rows, int64_t channels, Real<T>* first, Real<T>* second,
                             Add add) {
   for (int64_t c = 0; c < channels; ++c) first[c] = second[c] = 0;
-  over_rows<T>(rows, channels, [&](auto some, auto group, int64_t r, int64_t c,
-                                                int64_t n) SYNCBN_LAMBDA {
+  over_rows<T>(rows, channels,
+               [&](auto some, auto group, int64_t r, int64_t c, int64_t n) SYNCBN_LAMBDA {
     using G = decltype(group);
     G a = G::ordered(first + c, n), b = G::ordered(second + c, n);
 #pragma GCC unroll 4
@@ -82,8 +83,8 @@ bool measure_rows(const View& x, const Tile& t, double* mean, double* m2) {
     const int64_t some = rows < first_rows ? rows : first_rows;
     auto sums_about = [&](const R* about, int64_t n) SYNCBN_LAMBDA {  // Σ(x − shift), Σ(x − shift)²
       const Ordered<T> shifts(about, channels);
-      sum_rows<T>(n, channels, first, second, [&](auto group, int64_t r, int64_t c, int64_t n,
-                                                     auto& a, auto& b) SYNCBN_LAMBDA {
+      sum_rows<T>(n, channels, first, second,
+                  [&](auto group, int64_t r, int64_t c, int64_t n, auto& a, auto& b) SYNCBN_LAMBDA {
         using G = decltype(group);
         const G value = G::elements(p + r * x.inner_stride + c, n), s = shifts.at(group, c, n);
 #pragma GCC unroll 4
@@ -100,7 +101,7 @@ bool measure_rows(const View& x, const Tile& t, double* mean, double* m2) {
       });
       sums_about(base, some);
       for (int64_t c = 0; c < channels; ++c) {
-        mean[c] = first[c] / double(some);  // until the end less the base
+        mean[c] = first[c] / double(some);  // until the end without the base
         m2[c] = 0;
       }
     }
@@ -123,8 +124,8 @@ void normalise_rows(const View& x, const View& y, const Tile& t, const Coefficie
   for_row_blocks(x, t, t.positions(), [&](int64_t o, int64_t i, int64_t rows) SYNCBN_LAMBDA {
     const T* from = x.at<T>(begin, o, i);
     T* to = y.at<T>(begin, o, i);
-    over_rows<T>(rows, channels, [&](auto some, auto group, int64_t r, int64_t c,
-                                                      int64_t n) SYNCBN_LAMBDA {
+    over_rows<T>(rows, channels,
+                 [&](auto some, auto group, int64_t r, int64_t c, int64_t n) SYNCBN_LAMBDA {
       using G = decltype(group);
       const G shift = shifts.at(group, c, n), scale = scales.at(group, c, n),
               offset = offsets.at(group, c, n);
@@ -152,8 +153,8 @@ bool gradient_sums_rows(const View& dy, const View& x, const Tile& t, const void
   for (int64_t c = 0; c < channels; ++c) total[c] = dot[c] = 0;
   for_row_blocks(x, t, row_block, [&](int64_t o, int64_t i, int64_t rows) SYNCBN_LAMBDA {
     const T *gradient = dy.at<T>(t.channel_begin, o, i), *value = x.at<T>(t.channel_begin, o, i);
-    sum_rows<T>(rows, channels, first, second, [&](auto group, int64_t r, int64_t c, int64_t n,
-                                                   auto& a, auto& b) SYNCBN_LAMBDA {
+    sum_rows<T>(rows, channels, first, second,
+                [&](auto group, int64_t r, int64_t c, int64_t n, auto& a, auto& b) SYNCBN_LAMBDA {
       using G = decltype(group);
       const G g = G::elements(gradient + r * dy.inner_stride + c, n),
               v = G::elements(value + r * x.inner_stride + c, n), s = shifts.at(group, c, n);
@@ -179,8 +180,8 @@ void input_gradient_rows(const View& dy, const View& x, const View& dx, const Ti
   for_row_blocks(x, t, t.positions(), [&](int64_t o, int64_t i, int64_t rows) SYNCBN_LAMBDA {
     const T *gradient = dy.at<T>(begin, o, i), *value = x.at<T>(begin, o, i);
     T* to = dx.at<T>(begin, o, i);
-    over_rows<T>(rows, channels, [&](auto some, auto group, int64_t r,
-                                                        int64_t c, int64_t n) SYNCBN_LAMBDA {
+    over_rows<T>(rows, channels,
+                 [&](auto some, auto group, int64_t r, int64_t c, int64_t n) SYNCBN_LAMBDA {
       using G = decltype(group);
       const G shift = shifts.at(group, c, n), scale = scales.at(group, c, n),
               slope = slopes.at(group, c, n), offset = offsets.at(group, c, n);

@@ -2,8 +2,8 @@
 //
 // Included once per instruction set, inside its namespace (see loops.h).
 
-// Elements i to i + n ≤ lanes of p, and `rest` in the other lanes: of a whole vector that ends with
-// them, where there is one.
+// The n ≤ lanes elements of p from i on, and `rest` in the other lanes. Where a whole vector ends
+// with them it is loaded, which is faster than a part of one.
 template <class T>
 SYNCBN_INLINE Vector<Real<T>> load_end(const T* p, int64_t i, int64_t n, Vector<Real<T>> rest) {
   using R = Real<T>;
@@ -13,7 +13,7 @@ SYNCBN_INLINE Vector<Real<T>> load_end(const T* p, int64_t i, int64_t n, Vector<
   return first_or<R>(load_some(p + i, n), n, rest);
 }
 
-// Σ(x − shift) and Σ(x − shift)².
+// A stream (see sum_stream) of the terms of Σ(x − shift) and Σ(x − shift)².
 template <class T>
 struct Deviations {
   using R = Real<T>;
@@ -37,7 +37,7 @@ struct Deviations {
   }
 };
 
-// Σdy and Σdy·(x − shift).
+// A stream of the terms of Σdy and Σdy·(x − shift).
 template <class T>
 struct Products {
   using R = Real<T>;
@@ -81,7 +81,7 @@ bool measure_planes(const View& x, const Tile& t, double* mean, double* m2) {
                              Deviations<T>{p, x.outer_stride, broadcast<R>(shift)});
       };
       if (count == 0) {
-        mean[c] = sums_about(base).first * merge.inverse2;  // until the end less the base
+        mean[c] = sums_about(base).first * merge.inverse2;  // until the end without the base
         m2[c] = 0;
       }
       const R shift = R(base + mean[c]);
@@ -104,8 +104,8 @@ bool gradient_sums_planes(const View& dy, const View& x, const Tile& t, const vo
   for_runs(x, t.position_begin, t.position_end, most, [&](const Run& run) SYNCBN_LAMBDA {
     for (int64_t c = t.channel_begin; c < t.channel_end; ++c) {
       const Products<T> products{dy.at<T>(c, run.outer, run.inner),
-                                 x.at<T>(c, run.outer, run.inner), dy.outer_stride,
-                                 x.outer_stride, broadcast(static_cast<const R*>(shifts)[c])};
+                                 x.at<T>(c, run.outer, run.inner), dy.outer_stride, x.outer_stride,
+                                 broadcast(static_cast<const R*>(shifts)[c])};
       const Sums s = sum_stream<R>(run.length, run.planes, products);
       total[c] += s.first;
       dot[c] += s.second;
@@ -145,7 +145,7 @@ void normalise_planes(const View& x, const View& y, const Tile& t, const Coeffic
       j += w;
     }
     const int64_t n = length - j;
-    if (n > 0 && length >= w)  // some of them once more
+    if (n > 0 && length >= w)  // the last whole vector, some of it for the second time
       store(to + length - w, result(load(from + length - w)));
     else if (n > 0)
       store_some(to + j, n, result(load_some(from + j, n)));
@@ -162,9 +162,8 @@ void input_gradient_planes(const View& dy, const View& x, const View& dx, const 
     T* to = dx.at<T>(c, o, i);
     const Vector<R> shift = broadcast(k.shifts<R>()[c]), scale = broadcast(k.scales<R>()[c]),
                     slope = broadcast(k.slopes<R>()[c]), offset = broadcast(k.offsets<R>()[c]);
-    auto result = [=](Vector<R> dy, Vector<R> x) SYNCBN_LAMBDA {
-      return dy * scale + ((x - shift) * slope + offset);
-    };
+    auto result = [=](Vector<R> dy, Vector<R> x)
+                      SYNCBN_LAMBDA { return dy * scale + ((x - shift) * slope + offset); };
     int64_t j = 0;
     for (; j + 2 * w <= length; j += 2 * w) {
       const Pair<R> gradient = load_pair(g + j), value = load_pair(p + j);

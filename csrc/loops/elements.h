@@ -15,13 +15,13 @@ SYNCBN_INLINE Vector<double> load(const double* p) {
 SYNCBN_INLINE void store(float* p, Vector<float> v) { __builtin_memcpy(p, &v, sizeof(v)); }
 SYNCBN_INLINE void store(double* p, Vector<double> v) { __builtin_memcpy(p, &v, sizeof(v)); }
 
-// Sixteen-bit elements in vectors of 32-bit ones, as many as fit.
+// Sixteen-bit elements become vectors of 32-bit ones, as many as fit.
 SYNCBN_INLINE Bits load_shorts(const void* p) {
 #if SYNCBN_AVX == 512
   return (Bits)_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p));
 #elif SYNCBN_AVX == 256
   return (Bits)_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p));
-#elif defined(__SSE2__) && SYNCBN_VECTOR_BYTES == 16  // g++ 11 converts one by one
+#elif defined(__SSE2__) && SYNCBN_VECTOR_BYTES == 16  // g++ 11 would convert them one by one
   return (Bits)_mm_unpacklo_epi16(_mm_loadl_epi64((const __m128i*)p), _mm_setzero_si128());
 #else
   Shorts s;
@@ -35,7 +35,7 @@ SYNCBN_INLINE void store_shorts(void* p, Bits bits) {
 #elif SYNCBN_AVX == 256
   const __m256i packed = _mm256_packus_epi32((__m256i)bits, (__m256i)bits);
   _mm_storeu_si128((__m128i*)p, _mm256_castsi256_si128(_mm256_permute4x64_epi64(packed, 0x08)));
-#elif defined(__SSE2__) && SYNCBN_VECTOR_BYTES == 16  // it packs signed numbers only
+#elif defined(__SSE2__) && SYNCBN_VECTOR_BYTES == 16  // SSE2 packs signed numbers only
   const __m128i extended = _mm_srai_epi32(_mm_slli_epi32((__m128i)bits, 16), 16);
   _mm_storel_epi64((__m128i*)p, _mm_packs_epi32(extended, extended));
 #else
@@ -71,7 +71,8 @@ SYNCBN_INLINE void store(Half* p, Vector<float> v) {
   _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT));
 }
 #else
-// Where bits without a sign are more than a number. SSE2 compares signed numbers only.
+// All ones where the bits, which have no sign, are more than a number; SSE2 compares signed
+// numbers.
 SYNCBN_INLINE Bits above(Bits bits, int32_t number) {
   typedef int32_t Signed __attribute__((vector_size(SYNCBN_VECTOR_BYTES)));
   return (Bits)((Signed)bits > number);
@@ -100,7 +101,8 @@ SYNCBN_INLINE void store(Half* p, Vector<float> v) {
 }
 #endif
 
-// Two vectors at a time, of 2·lanes elements in an order of the type's own.
+// Two vectors at a time, of 2·lanes elements. A type may have an order of its own for them: of
+// bfloat16 it takes fewer instructions to widen the even elements, then the odd ones.
 template <class R>
 struct Pair {
   Vector<R> a, b;
@@ -114,7 +116,6 @@ SYNCBN_INLINE void store_pair(T* p, const Pair<Real<T>>& v) {
   store(p, v.a);
   store(p + lanes<Real<T>>, v.b);
 }
-// The even elements, then the odd ones: that takes fewer instructions than widening in order.
 SYNCBN_INLINE Pair<float> load_pair(const BFloat16* p) {
   Bits both;
   __builtin_memcpy(&both, p, sizeof(both));
@@ -125,8 +126,8 @@ SYNCBN_INLINE void store_pair(BFloat16* p, const Pair<float>& v) {
   __builtin_memcpy(p, &both, sizeof(both));
 }
 
-// The same elements of an array of per-channel numbers: load_channels<T>(p) has the order of
-// load_pair(T*).
+// Per-channel numbers for a pair of elements of type T: load_channels<T>(p) gives them in the order
+// of load_pair(T*).
 template <int... i>
 SYNCBN_INLINE Vector<float> shuffled(const Vector<float>& a, const Vector<float>& b) {
 #ifdef __clang__
@@ -161,6 +162,7 @@ SYNCBN_INLINE void store_channels(Real<T>* p, const Pair<Real<T>>& v) {
     store_pair(p, v);
 }
 
+// One element, converted as vectors are.
 template <class T>
 SYNCBN_INLINE Real<T> first_of(const T* p) {
   T some[lanes<Real<T>>] = {};
@@ -182,7 +184,7 @@ SYNCBN_INLINE void copy_some(T* to, const T* from, int64_t n) {
   }
 }
 
-// The first n < lanes elements; the rest of the vector is any finite number.
+// The first n < lanes elements. The other lanes hold any finite numbers.
 template <class T>
 SYNCBN_INLINE Vector<Real<T>> load_some(const T* p, int64_t n) {
   T some[lanes<Real<T>>] = {};

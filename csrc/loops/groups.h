@@ -1,9 +1,9 @@
-// Neighbouring channels of a row, in vectors.
+// Neighbouring channels of a row, in vectors, and their numbers.
 //
 // Included once per instruction set, inside its namespace (see loops.h).
 
-// Neighbouring channels: four vectors of them (as two pairs, in the pairs' order), or one, or the
-// first n elements of one.
+// Neighbouring channels: four vectors of them, which are two pairs with the order that load_pair
+// gives them, or one vector, of which perhaps only the first n lanes count.
 template <class T, int vectors>
 struct Group {
   using R = Real<T>;
@@ -28,7 +28,7 @@ struct Group {
       return {{n == w ? load(p) : load_some(p, n)}};
     }
   }
-  // Numbers that already have the pairs' order.
+  // Numbers in memory that have the pairs' order already.
   static SYNCBN_INLINE Group ordered(const R* p, int64_t n) {
     if constexpr (vectors == 4)
       return {{load(p), load(p + w), load(p + 2 * w), load(p + 3 * w)}};
@@ -59,8 +59,8 @@ struct Group {
   }
 };
 
-// Calls body(group, c, n) over the channels [begin, end), where group is any Group of the size to
-// use and n < lanes only for a part of a vector.
+// Calls body(group, c, n) for channels [begin, end), those from c on. The group's type alone
+// counts: it says how many they are. n < lanes only where they are a part of a vector.
 template <class T, class Body>
 SYNCBN_INLINE void for_groups(int64_t begin, int64_t end, Body body) {
   constexpr int64_t w = lanes<Real<T>>;
@@ -70,7 +70,7 @@ SYNCBN_INLINE void for_groups(int64_t begin, int64_t end, Body body) {
   if (c < end) body(Group<T, 1>{}, c, end - c);
 }
 
-// Per-channel numbers in the pairs' order.
+// Per-channel numbers in the pairs' order, put into it once for all rows.
 template <class T>
 class Ordered {
  public:

@@ -2,8 +2,8 @@
 //   SYNCBN_ISA, SYNCBN_NAME  the namespace's name, and the set's name in words,
 //   SYNCBN_VECTOR_BYTES  the width of a vector register,
 //   SYNCBN_AVX           the width in bits of its AVX instructions, 0 without,
-// and is compiled for that set (setup.py). No function of the standard library is used in here:
-// compiled for a new processor, it could replace its twin for old ones when the files are linked.
+// and is compiled for that set (setup.py). No function of the standard library is used in here, for
+// the reason that SYNCBN_INLINE has (types.h).
 #pragma once
 
 #include <type_traits>
@@ -13,6 +13,7 @@
 
 namespace syncbn::SYNCBN_ISA {
 
+// clang-format off: the later ones use the earlier ones
 #include "loops/vector.h"
 #include "loops/elements.h"
 #include "loops/moments.h"
@@ -20,7 +21,8 @@ namespace syncbn::SYNCBN_ISA {
 #include "loops/contiguous.h"
 #include "loops/groups.h"
 #include "loops/channels_last.h"
-#include "loops/reproducible.h"  // last: its rule for rounding may hold to the end
+#include "loops/reproducible.h"  // last: what it demands of rounding may hold to the end of the file
+// clang-format on
 
 template <class T>
 constexpr Loops planes = {measure_planes<T>, normalise_planes<T>, gradient_sums_planes<T>,
@@ -31,7 +33,7 @@ constexpr Loops rows = {measure_rows<T>, normalise_rows<T>, gradient_sums_rows<T
 template <class R>
 constexpr ChannelLoops channels = {merge_moments,           inverse_deviation,
                                    forward_coefficients<R>, backward_coefficients<R>,
-                                   shifts<R>,               project<R>};
+                                   round_means<R>,          project<R>};
 
 extern const Loopset loopset;
 const Loopset loopset = {
@@ -41,7 +43,7 @@ const Loopset loopset = {
      {planes<BFloat16>, rows<BFloat16>},
      {planes<Half>, rows<Half>}},
     {channels<float>, channels<double>, channels<float>, channels<float>},
-    {add, unite, total, squares, moment_terms, moments_of_sums},
+    {add, unite, finalise, squares, moment_terms, moments_of_sums},
 };
 
 }  // namespace syncbn::SYNCBN_ISA

@@ -1,14 +1,18 @@
-// Per-channel arithmetic, all in double: how moments merge and what follows from them.
+// Arithmetic per channel, all of it in double: how moments merge, and what follows from them.
 //
-// Included once per instruction set, inside its namespace; plain loops over channels.
-//
-// Sets merge by the formula of Chan, Golub & LeVeque (1979): n = n₁+n₂, δ = m₂−m₁,
+// Included once per instruction set, inside its namespace (see loops.h). These are plain loops,
+// which the compiler makes vectors of.
+
+// An array that no other pointer of the function leads to.
+template <class T>
+using Unshared = T* __restrict;
+
+// Two sets of values merge by the formula of Chan, Golub & LeVeque (1979): n = n₁+n₂, δ = m₂−m₁,
 // m = m₁ + δ·n₂/n, M2 = M2₁ + M2₂ + δ²·n₁n₂/n.
-
-// Means are kept as offsets from a base near them, the first set's, until the last set is in: at a
-// mean of 10⁶ standard deviations each merge would otherwise round away six digits of what it adds.
-// Only a base that is finite: what infinity minus itself is would be in the way of the formula.
-
+//
+// Until the last set is in, a mean is kept as an offset from a base near it, the first set's mean:
+// at a mean of 10⁶ standard deviations each merge would otherwise round away six digits of what it
+// adds. A base must be finite, as infinity minus itself is no number.
 struct Merge {
   double inverse2, keep, weight, product;  // 1/n₂, n₁/n, n₂/n, n₁n₂/n
 
@@ -39,7 +43,7 @@ inline void merge_moments(int64_t channels, double n1, const double* __restrict 
   for (int64_t c = 0; c < channels; ++c) merge.moments(base[c], offset[c], m2[c], mean2[c], m22[c]);
 }
 
-// NaN where M2 is infinite: nothing is known of values that are past what it can hold.
+// NaN where M2 is infinite: nothing is known of a variance that a double cannot hold.
 inline void inverse_deviation(int64_t channels, double count, const double* __restrict m2,
                               double eps, double* __restrict invstd) {
   const double inverse = 1 / (count < 1 ? 1 : count);
@@ -47,19 +51,20 @@ inline void inverse_deviation(int64_t channels, double count, const double* __re
     invstd[c] = 1 / __builtin_sqrt(m2[c] * inverse + eps) + (m2[c] - m2[c]);
 }
 
-// Zero if the arithmetic on R holds what becomes of a channel: values' differences from the mean,
-// and a factor with all its digits. A small one loses some, which shows where values are large.
+// Not zero where R cannot hold what the loops compute of a channel: the values' differences from
+// the mean, and the factor they are multiplied by, with all its digits. A factor below the smallest
+// normal number lacks some of them, which shows where deviations are large (a small invstd).
 template <class R>
-SYNCBN_INLINE int64_t extreme(double mean, double invstd, double factor) {
+SYNCBN_INLINE int64_t is_extreme(double mean, double invstd, double factor) {
   if constexpr (sizeof(R) == sizeof(double)) return 0;
   const double far = mean < 0 ? -mean : mean, size = factor < 0 ? -factor : factor;
   const int64_t loses = (size < 0x1p-126 ? 1 : 0) & (size > 0 ? 1 : 0) & (invstd < 0x1p-20 ? 1 : 0);
   return loses | (far > 0x1p100 ? 1 : 0) | (size > 0x1p126 ? 1 : 0);
 }
 
-// Makes the scale of extreme channels NaN.
+// Makes the scale of extreme channels NaN, which steps/tiles.h looks for.
 template <class R, class Extreme>
-SYNCBN_INLINE void mark(int64_t channels, R* scale, Extreme extreme) {
+SYNCBN_INLINE void mark_extreme(int64_t channels, R* scale, Extreme extreme) {
   for (int64_t c = 0; c < channels; ++c)
     if (extreme(c)) scale[c] = R(__builtin_nan(""));
 }
@@ -67,24 +72,22 @@ SYNCBN_INLINE void mark(int64_t channels, R* scale, Extreme extreme) {
 // y = (x − mean)·invstd·weight + bias as (x − shift)·scale + offset.
 template <class R>
 bool forward_coefficients(int64_t channels, const ChannelValues& v, const Coefficients& k) {
-  const double *__restrict mean = v.mean, *__restrict invstd = v.invstd,
-               *__restrict weight = v.weight, *__restrict bias = v.bias;
-  R *__restrict shift = k.shifts<R>(), *__restrict scale = k.scales<R>(),
-    *__restrict offset = k.offsets<R>();
-  int64_t odd = 0;
+  const Unshared<const double> mean = v.mean, invstd = v.invstd, weight = v.weight, bias = v.bias;
+  const Unshared<R> shift = k.shifts<R>(), scale = k.scales<R>(), offset = k.offsets<R>();
+  int64_t extreme = 0;
 #pragma GCC ivdep
   for (int64_t c = 0; c < channels; ++c) {
     double s = invstd[c] * weight[c];
-    odd |= extreme<R>(mean[c], invstd[c], s);
+    extreme |= is_extreme<R>(mean[c], invstd[c], s);
     shift[c] = R(mean[c]);
     scale[c] = R(s);
     offset[c] = R(bias[c] + (double(shift[c]) - mean[c]) * s);
   }
-  if (odd)
-    mark(channels, scale, [&](int64_t c) {
-      return extreme<R>(mean[c], invstd[c], invstd[c] * weight[c]);
+  if (extreme)
+    mark_extreme(channels, scale, [&](int64_t c) {
+      return is_extreme<R>(mean[c], invstd[c], invstd[c] * weight[c]);
     });
-  return !odd;
+  return !extreme;
 }
 
 // dx = weight·invstd·(dy − Σdy/n − x̂·Σ(dy·x̂)/n) as dy·scale + (x − shift)·slope + offset.
@@ -92,52 +95,51 @@ template <class R>
 bool backward_coefficients(int64_t channels, double count, const ChannelValues& v,
                            const double* __restrict total, const double* __restrict projection,
                            const Coefficients& k) {
-  const double *__restrict mean = v.mean, *__restrict invstd = v.invstd,
-               *__restrict weight = v.weight;
-  R *__restrict shift = k.shifts<R>(), *__restrict scale = k.scales<R>(),
-    *__restrict slope = k.slopes<R>(), *__restrict offset = k.offsets<R>();
+  const Unshared<const double> mean = v.mean, invstd = v.invstd, weight = v.weight;
+  const Unshared<R> shift = k.shifts<R>(), scale = k.scales<R>(), slope = k.slopes<R>(),
+                    offset = k.offsets<R>();
   const double inverse = 1 / (count < 1 ? 1 : count);
-  int64_t odd = 0;
+  int64_t extreme = 0;
 #pragma GCC ivdep
   for (int64_t c = 0; c < channels; ++c) {
     double s = invstd[c] * weight[c];
     double t = -projection[c] * inverse * invstd[c] * s;
-    odd |= extreme<R>(mean[c], invstd[c], s) | extreme<R>(mean[c], invstd[c], t);
+    extreme |= is_extreme<R>(mean[c], invstd[c], s) | is_extreme<R>(mean[c], invstd[c], t);
     shift[c] = R(mean[c]);
     scale[c] = R(s);
     slope[c] = R(t);
     offset[c] = R((double(shift[c]) - mean[c]) * t - total[c] * inverse * s);
   }
-  if (odd)
-    mark(channels, scale, [&](int64_t c) {
+  if (extreme)
+    mark_extreme(channels, scale, [&](int64_t c) {
       const double s = invstd[c] * weight[c], t = projection[c] * inverse * invstd[c] * s;
-      return extreme<R>(mean[c], invstd[c], s) | extreme<R>(mean[c], invstd[c], t);
+      return is_extreme<R>(mean[c], invstd[c], s) | is_extreme<R>(mean[c], invstd[c], t);
     });
-  return !odd;
+  return !extreme;
 }
 
-// Whether all numbers are finite.
+// Whether all numbers are finite, which takes no comparison of each.
 SYNCBN_INLINE bool all_finite(int64_t n, const double* numbers) {
   constexpr int64_t w = lanes<double>;
-  Vector<double> odd{};  // of x − x, which is no number where x is not finite
+  Vector<double> differences{};  // x − x is zero, and no number where x is not finite
   int64_t j = 0;
-  for (; j + w <= n; j += w) odd += load(numbers + j) - load(numbers + j);
-  double rest = sum<double>(odd);
+  for (; j + w <= n; j += w) differences += load(numbers + j) - load(numbers + j);
+  double rest = sum<double>(differences);
   for (; j < n; ++j) rest += numbers[j] - numbers[j];
   return rest == 0;
 }
 
 template <class R>
-void shifts(int64_t channels, const double* __restrict mean, void* shift) {
-  R* __restrict to = static_cast<R*>(shift);
+void round_means(int64_t channels, const double* __restrict mean, void* shift) {
+  const Unshared<R> to = static_cast<R*>(shift);
   for (int64_t c = 0; c < channels; ++c) to[c] = R(mean[c]);
 }
 
-// Σdy·(x − shift), with the shift above, becomes Σdy·x̂.
+// Σdy·(x − shift), with the shift of round_means, becomes Σdy·x̂.
 template <class R>
 void project(int64_t channels, const ChannelValues& v, const double* __restrict total,
              double* __restrict dot) {
-  const double *__restrict mean = v.mean, *__restrict invstd = v.invstd;
+  const Unshared<const double> mean = v.mean, invstd = v.invstd;
   for (int64_t c = 0; c < channels; ++c)
     dot[c] = (dot[c] + (double(R(mean[c])) - mean[c]) * total[c]) * invstd[c];
 }

@@ -1,7 +1,9 @@
-// Sums that no split of their terms changes: method, proof and shapes in src/syncbn/numerics/reproducible.py.
+// Sums that no split of their terms changes. The method and its proof stand in
+// src/syncbn/numerics/reproducible.py.
 //
-// Included once per instruction set, inside its namespace; plain loops over columns. All is double,
-// and every operation rounds by itself: a sum must not swallow the rounding of a product before it.
+// Included once per instruction set, inside its namespace (see loops.h). All is double, and the
+// compiler must round every operation by itself, never a product and a sum at once: the errors
+// below are those of separate roundings.
 #ifdef __clang__
 #pragma clang fp contract(off)
 #else
@@ -14,14 +16,14 @@ constexpr double slice_bits = 28;
 using Doubles = Vector<double>;
 using Words = VectorOf<double>::bits;
 
-// A double of this size has a whole number in its last bits.
+// Added to a small whole number, this gives a double whose last bits are that number.
 constexpr double whole = 0x1p52;
 
 SYNCBN_INLINE Doubles power_of_two(Doubles exponent) {
   return bit_cast<Doubles>(bit_cast<Words>(exponent + (whole + 1023)) << 52);
 }
 
-// The place of the highest slice of a term of this size.
+// The place of the highest slice that a term of this size has.
 SYNCBN_INLINE Doubles top_of(Doubles size) {
   const Words exponent = bit_cast<Words>(size) >> 52 | bit_cast<Words>(broadcast(whole));
   const Doubles places = (bit_cast<Doubles>(exponent) - (whole + 1023)) / slice_bits;
@@ -29,6 +31,7 @@ SYNCBN_INLINE Doubles top_of(Doubles size) {
   return top < lowest_top ? broadcast(lowest_top) : top;
 }
 
+// a + b, rounded, and the rounding's error (Knuth).
 template <class R>
 SYNCBN_INLINE void two_sum(R a, R b, R& sum, R& error) {
   sum = a + b;
@@ -36,6 +39,7 @@ SYNCBN_INLINE void two_sum(R a, R b, R& sum, R& error) {
   error = (a - (sum - share)) + (b - share);
 }
 
+// a·b, rounded, and the rounding's error (Dekker where there is no instruction for it).
 SYNCBN_INLINE void two_product(double a, double b, double& product, double& error) {
   product = a * b;
 #if defined(__FMA__) || defined(__FP_FAST_FMA)
@@ -48,51 +52,54 @@ SYNCBN_INLINE void two_product(double a, double b, double& product, double& erro
   if (!(error - error == 0)) error = 0;
 }
 
-// The representations of neighbouring columns' sums: how far the first n reach.
-struct Sum {
-  Doubles top, slice[slices], odd;
+// The sums of neighbouring columns, one per lane, as slices: see accumulator_rows in types.h. Only
+// the first n lanes are read from memory and written to it.
+struct Accumulator {
+  Doubles top, slice[slices], nonfinite;
 
-  static SYNCBN_INLINE Sum at(const double* p, int64_t stride, int64_t n) {
-    Sum s{some(p, n), {}, some(p + (1 + slices) * stride, n)};
-    for (int64_t k = 0; k < slices; ++k) s.slice[k] = some(p + (1 + k) * stride, n);
+  static SYNCBN_INLINE Accumulator at(const double* p, int64_t stride, int64_t n) {
+    Accumulator s{load_columns(p, n), {}, load_columns(p + (1 + slices) * stride, n)};
+    for (int64_t k = 0; k < slices; ++k) s.slice[k] = load_columns(p + (1 + k) * stride, n);
     return s;
   }
   SYNCBN_INLINE void to(double* p, int64_t stride, int64_t n) const {
-    put(p, n, top);
-    for (int64_t k = 0; k < slices; ++k) put(p + (1 + k) * stride, n, slice[k]);
-    put(p + (1 + slices) * stride, n, odd);
+    store_columns(p, n, top);
+    for (int64_t k = 0; k < slices; ++k) store_columns(p + (1 + k) * stride, n, slice[k]);
+    store_columns(p + (1 + slices) * stride, n, nonfinite);
   }
-  static SYNCBN_INLINE Doubles some(const double* p, int64_t n) {
+  static SYNCBN_INLINE Doubles load_columns(const double* p, int64_t n) {
     return n == lanes<double> ? load(p) : load_some(p, n);
   }
-  static SYNCBN_INLINE void put(double* p, int64_t n, Doubles v) {
+  static SYNCBN_INLINE void store_columns(double* p, int64_t n, Doubles v) {
     n == lanes<double> ? store(p, v) : store_some(p, n, v);
   }
 
-  // Slice k below another top.
-  SYNCBN_INLINE Doubles below(Doubles other, int64_t k) const {
+  // The slice that is number k from another top down; zero where this sum has none there.
+  SYNCBN_INLINE Doubles slice_below(Doubles other, int64_t k) const {
     const Doubles place = double(k) - (other - top);
     Doubles found = {};
     for (int64_t own = 0; own <= k; ++own) found = place == double(own) ? slice[own] : found;
     return found;
   }
-  SYNCBN_INLINE void unite(const Sum& more) {
+  SYNCBN_INLINE void unite(const Accumulator& more) {
     const Doubles highest = top > more.top ? top : more.top;
     for (int64_t k = slices - 1; k >= 0; --k)
-      slice[k] = below(highest, k) + more.below(highest, k);
+      slice[k] = slice_below(highest, k) + more.slice_below(highest, k);
     top = highest;
-    odd += more.odd;
+    nonfinite += more.nonfinite;
   }
 };
 
-// Of `rows` rows of terms, `apart` numbers apart.
-SYNCBN_INLINE Sum represent(const double* terms, int64_t rows, int64_t apart, int64_t n) {
-  Sum sum{};
+// The sum of `rows` rows of terms, which lie `stride` numbers apart.
+SYNCBN_INLINE Accumulator to_accumulator(const double* terms, int64_t rows, int64_t stride,
+                                         int64_t n) {
+  Accumulator sum{};
   Doubles largest = {};
   for (int64_t r = 0; r < rows; ++r) {
-    const Doubles term = Sum::some(terms + r * apart, n), size = term < 0 ? -term : term;
+    const Doubles term = Accumulator::load_columns(terms + r * stride, n),
+                  size = term < 0 ? -term : term;
     const Doubles finite = term - term == 0 ? size : Doubles{};
-    sum.odd += term - term == 0 ? Doubles{} : term;
+    sum.nonfinite += term - term == 0 ? Doubles{} : term;
     largest = finite > largest ? finite : largest;
   }
   sum.top = top_of(largest);
@@ -103,7 +110,7 @@ SYNCBN_INLINE Sum represent(const double* terms, int64_t rows, int64_t apart, in
     down[k] = power_of_two(-bits);
   }
   for (int64_t r = 0; r < rows; ++r) {
-    const Doubles term = Sum::some(terms + r * apart, n);
+    const Doubles term = Accumulator::load_columns(terms + r * stride, n);
     Doubles rest = term - term == 0 ? term : Doubles{};
     for (int64_t k = 0; k < slices; ++k) {
       const Doubles slice = truncated(rest * down[k]);
@@ -124,33 +131,34 @@ SYNCBN_INLINE void for_columns(int64_t columns, Body body) {
 
 inline void add(const double* terms, int64_t rows, int64_t columns, double* into, int64_t stride) {
   for_columns(columns, [&](int64_t j, int64_t n) SYNCBN_LAMBDA {
-    Sum sum = Sum::at(into + j, stride, n);
-    sum.unite(represent(terms + j, rows, columns, n));
+    Accumulator sum = Accumulator::at(into + j, stride, n);
+    sum.unite(to_accumulator(terms + j, rows, columns, n));
     sum.to(into + j, stride, n);
   });
 }
 
 inline void unite(int64_t columns, const double* from, double* into, int64_t stride) {
   for_columns(columns, [&](int64_t j, int64_t n) SYNCBN_LAMBDA {
-    Sum sum = Sum::at(into + j, stride, n);
-    sum.unite(Sum::at(from + j, stride, n));
+    Accumulator sum = Accumulator::at(into + j, stride, n);
+    sum.unite(Accumulator::at(from + j, stride, n));
     sum.to(into + j, stride, n);
   });
 }
 
-inline void total(const double* received, int64_t sets, int64_t apart, int64_t columns,
-                  double* high, double* low) {
+inline void finalise(const double* received, int64_t sets, int64_t stride, int64_t columns,
+                     double* high, double* low) {
   for_columns(columns, [&](int64_t j, int64_t n) SYNCBN_LAMBDA {
-    Sum all = Sum::at(received + j, columns, n);
-    for (int64_t s = 1; s < sets; ++s) all.unite(Sum::at(received + s * apart + j, columns, n));
-    Doubles sum = all.odd, rest = {};
+    Accumulator all = Accumulator::at(received + j, columns, n);
+    for (int64_t s = 1; s < sets; ++s)
+      all.unite(Accumulator::at(received + s * stride + j, columns, n));
+    Doubles sum = all.nonfinite, rest = {};
     for (int64_t k = 0; k < slices; ++k) {
       Doubles error;
       two_sum(sum, all.slice[k] * power_of_two(slice_bits * (all.top - double(k))), sum, error);
       rest += error;
     }
-    Sum::put(high + j, n, sum);
-    Sum::put(low + j, n, sum - sum == 0 ? rest : Doubles{});
+    Accumulator::store_columns(high + j, n, sum);
+    Accumulator::store_columns(low + j, n, sum - sum == 0 ? rest : Doubles{});
   });
 }
 
@@ -159,8 +167,8 @@ inline void squares(int64_t count, const double* __restrict values, double* __re
   for (int64_t j = 0; j < count; ++j) two_product(values[j], values[j], squares[j], errors[j]);
 }
 
-// The terms of a sample's moments in `some` channels: two rows of Σ n·mean, four of
-// Σ (M2 + n·mean²).
+// What a sample adds to the sums of moments, as terms that are doubles: two rows of `some` channels
+// whose sum is n·mean, and four rows whose sum is M2 + n·mean².
 inline void moment_terms(int64_t some, double n, const double* __restrict mean,
                          const double* __restrict m2, double* __restrict firsts,
                          double* __restrict seconds) {
@@ -177,11 +185,12 @@ inline void moment_terms(int64_t some, double n, const double* __restrict mean,
   }
 }
 
-// mean and M2 of `count` values from Σ n·mean and Σ (M2 + n·mean²), as high + low.
-// Σ(x − m)² = Σx² − m·(2·Σx − n·m) for any m, here the mean rounded to a double.
+// mean and M2 of `count` values from Σ n·mean (first) and Σ (M2 + n·mean²) (second), each given as
+// a double and what it lacks. Σ(x − m)² = Σx² − m·(2·Σx − n·m) for any m, here the mean rounded to
+// a double.
 inline void moments_of_sums(int64_t channels, double count, const double* first,
-                            const double* first_low, const double* second,
-                            const double* second_low, double* mean, double* m2) {
+                            const double* first_low, const double* second, const double* second_low,
+                            double* mean, double* m2) {
   const double n = count < 1 ? 1 : count;
   for (int64_t c = 0; c < channels; ++c) {
     const double m = (first[c] + first_low[c]) / n;

@@ -5,9 +5,10 @@
 // How many elements are summed in the arithmetic's own precision before the sum goes on in double:
 // 32 for each lane of the four vectors of sums, which keeps the statistics' rounding below 1e-6.
 constexpr int64_t block = 32 * 4 * SYNCBN_VECTOR_BYTES / 4;
-// A channel's first values, whose mean is the first shift; later ones are summed about the mean so
-// far. Sums about the mean of at least a quarter as many values lose nothing: the square of its
-// distance from the new values' mean enters M2 itself with a weight of n/5 or more.
+// Values are summed about a shift near their mean. The first chunk of a channel's values is read
+// twice: its own mean is the shift. Each later chunk takes the mean so far, and has up to four
+// times as many values as came before. That loses nothing: the square of the distance between that
+// mean and the chunk's own enters M2 itself, with a weight of n/5 or more for a chunk of n values.
 constexpr int64_t first_chunk = 1024;
 constexpr int64_t largest_chunk = 16384;
 

@@ -3,8 +3,8 @@
 
 #include <cstdint>
 
-// Functions that no object file keeps a copy of: compiled for a new processor, one could replace
-// its twin for old ones when the files are linked.
+// For functions of which no object file may keep a copy. The linker takes one of several equal
+// copies for all files: one compiled for a new processor would crash an old one.
 #define SYNCBN_INLINE inline __attribute__((always_inline))
 #define SYNCBN_LAMBDA __attribute__((always_inline))
 
@@ -13,6 +13,8 @@ namespace syncbn {
 enum class Dtype : int { float32, float64, bfloat16, float16 };
 constexpr int dtypes = 4;
 
+// Torch's own types (torch/headeronly/util) would do as well, and would make the loops depend on
+// torch's headers. Here they are only names: elements.h converts whole vectors of bits.
 struct BFloat16 {
   uint16_t bits;
 };
@@ -20,7 +22,7 @@ struct Half {
   uint16_t bits;
 };
 
-// The type of the arithmetic on T and of its per-channel coefficients.
+// The type in which loops over elements of type T compute: T's own or, of the short types, float.
 template <class T>
 struct Arithmetic {
   using type = float;
@@ -52,7 +54,7 @@ struct View {
 enum class Layout : int { planes, rows };
 constexpr int layouts = 2;
 
-constexpr int64_t widest_rows = 2048;  // how many channels of a tile of rows at most
+constexpr int64_t widest_rows = 2048;  // a tile of rows has at most as many channels
 
 // A part of a view: the unit of work.
 struct Tile {
@@ -69,23 +71,32 @@ struct Coefficients {
   void *shift, *scale, *offset, *slope;
 
   template <class R>
-  SYNCBN_INLINE R* shifts() const { return static_cast<R*>(shift); }
+  SYNCBN_INLINE R* shifts() const {
+    return static_cast<R*>(shift);
+  }
   template <class R>
-  SYNCBN_INLINE R* scales() const { return static_cast<R*>(scale); }
+  SYNCBN_INLINE R* scales() const {
+    return static_cast<R*>(scale);
+  }
   template <class R>
-  SYNCBN_INLINE R* offsets() const { return static_cast<R*>(offset); }
+  SYNCBN_INLINE R* offsets() const {
+    return static_cast<R*>(offset);
+  }
   template <class R>
-  SYNCBN_INLINE R* slopes() const { return static_cast<R*>(slope); }
+  SYNCBN_INLINE R* slopes() const {
+    return static_cast<R*>(slope);
+  }
 };
 
+// What the coefficients are made of, per channel.
 struct ChannelValues {
   const double *mean, *invstd, *weight, *bias;
 };
 
 // The loops over elements, for one element type and layout. Arrays are indexed by channel.
 struct Loops {
-  // The moments of each channel of the tile: its mean and sum of squared deviations from it.
-  // Returns whether all are finite.
+  // The moments of each channel of the tile: its mean, and M2, the sum of its squared deviations
+  // from the mean. Returns whether all M2 are finite.
   bool (*measure)(const View& x, const Tile&, double* mean, double* m2);
   void (*normalise)(const View& x, const View& y, const Tile&, const Coefficients&);
   // Σdy and Σdy·(x − shift). Returns whether all are finite.
@@ -97,40 +108,48 @@ struct Loops {
 
 // The loops over channels, for one type of arithmetic; see moments.h.
 struct ChannelLoops {
+  // Merges into the moments of n1 values, whose mean is base + offset, those of n2 more.
   void (*merge_moments)(int64_t channels, double n1, const double* base, double* offset, double* m2,
                         double n2, const double* mean2, const double* m22);
+  // invstd = (M2 / count + eps)^(−1/2).
   void (*inverse_deviation)(int64_t channels, double count, const double* m2, double eps,
                             double* invstd);
-  // Return whether the arithmetic's type holds them all; of a channel where not, the scale is NaN.
+  // The coefficients of y and of dx. They return whether the arithmetic's type can hold all of
+  // them; in a channel where it cannot, the scale becomes NaN, and steps/tiles.h computes with
+  // doubles.
   bool (*forward_coefficients)(int64_t channels, const ChannelValues&, const Coefficients&);
   bool (*backward_coefficients)(int64_t channels, double count, const ChannelValues&,
-                                const double* total, const double* projection,
-                                const Coefficients&);
-  void (*shifts)(int64_t channels, const double* mean, void* shift);
+                                const double* total, const double* projection, const Coefficients&);
+  // The shifts alone: the means in the arithmetic's type.
+  void (*round_means)(int64_t channels, const double* mean, void* shift);
+  // Turns Σdy·(x − shift) into Σdy·x̂.
   void (*project)(int64_t channels, const ChannelValues&, const double* total, double* dot);
 };
 
-// Sums that no split of their terms changes, as representations: `represented` rows of columns, the
-// rows `stride` apart. Method and proof: src/syncbn/numerics/reproducible.py.
+// Sums that no split of their terms changes are kept in accumulators: of each column, the place of
+// its highest slice, the slices, and the sum of what is not finite. Each is a row of the columns'
+// numbers. Method and proof: src/syncbn/numerics/reproducible.py.
 constexpr int64_t slices = 4;
-constexpr int64_t represented = 1 + slices + 1;  // top, slices, the sum of what is not finite
-constexpr double lowest_top = -31;
+constexpr int64_t accumulator_rows = 1 + slices + 1;
+constexpr double lowest_top = -31;  // no top is lower: 2^(28·(−31 − 3)) still has a reciprocal
 
 struct ReproducibleLoops {
-  // Adds `rows` rows of terms to the sums that `into` represents.
+  // Adds `rows` rows of terms to the accumulator `into`, whose rows lie `stride` numbers apart.
   void (*add)(const double* terms, int64_t rows, int64_t columns, double* into, int64_t stride);
-  // Adds the sums that `from` represents to those of `into`.
+  // Adds the accumulator `from` to `into`.
   void (*unite)(int64_t columns, const double* from, double* into, int64_t stride);
-  // The sums that `sets` representations, `apart` doubles apart, stand for: high + low.
-  void (*total)(const double* received, int64_t sets, int64_t apart, int64_t columns, double* high,
-                double* low);
-  // Squares of values, rounded, and the rounding's errors.
+  // The sums in all of `sets` accumulators, which lie `stride` numbers apart: as high + low, the
+  // nearest double and what it lacks.
+  void (*finalise)(const double* received, int64_t sets, int64_t stride, int64_t columns,
+                   double* high, double* low);
+  // The squares of values, rounded, and the rounding's errors.
   void (*squares)(int64_t count, const double* values, double* squares, double* errors);
-  void (*moment_terms)(int64_t some, double n, const double* mean, const double* m2,
-                       double* firsts, double* seconds);
+  // What samples' moments add to two such sums, and the moments that follow from the sums.
+  void (*moment_terms)(int64_t some, double n, const double* mean, const double* m2, double* firsts,
+                       double* seconds);
   void (*moments_of_sums)(int64_t channels, double count, const double* first,
-                          const double* first_low, const double* second,
-                          const double* second_low, double* mean, double* m2);
+                          const double* first_low, const double* second, const double* second_low,
+                          double* mean, double* m2);
 };
 
 // All loops for one instruction set.

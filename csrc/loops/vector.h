@@ -23,6 +23,7 @@ typedef uint16_t Shorts __attribute__((vector_size(SYNCBN_VECTOR_BYTES / 2)));
 template <class R>
 constexpr int64_t lanes = SYNCBN_VECTOR_BYTES / sizeof(R);
 
+// A number as a type, for loops whose length the compiler knows.
 template <int64_t n>
 struct Count {
   static constexpr int64_t value = n;
@@ -54,7 +55,7 @@ SYNCBN_INLINE Vector<double> truncated(Vector<double> v) {
 #endif
 }
 
-// v with all but the first n elements replaced.
+// The first n elements of v, and those of `rest` in the other lanes.
 template <class R>
 SYNCBN_INLINE Vector<R> first_or(Vector<R> v, int64_t n, Vector<R> rest) {
   Vector<R> index;
@@ -62,7 +63,7 @@ SYNCBN_INLINE Vector<R> first_or(Vector<R> v, int64_t n, Vector<R> rest) {
   return index < broadcast(R(n)) ? v : rest;
 }
 
-// v with all but the last n elements replaced.
+// The last n elements of v, and those of `rest` in the other lanes.
 template <class R>
 SYNCBN_INLINE Vector<R> last_or(Vector<R> v, int64_t n, Vector<R> rest) {
   return first_or<R>(rest, lanes<R> - n, v);

@@ -1,4 +1,4 @@
-// From sizes and strides to views that the loops understand.
+// From the sizes and strides of tensors to views that the loops understand.
 #pragma once
 
 #include <cstdint>
@@ -29,8 +29,8 @@ inline void order_dims(int64_t dims, const int64_t* sizes, const int64_t* stride
 }
 
 // Views of tensors of the same sizes (N, C, *), as planes or rows. The dimensions other than C are
-// taken in the order of the first tensor's strides, and neighbours are joined where that holds in
-// all of them. False if they don't join into two, or no layout fits all tensors.
+// taken in the order of the first tensor's strides, and two neighbours become one where they can in
+// all tensors. False if more than two remain, or if no layout fits all tensors.
 inline bool make_views(int64_t dims, const int64_t* sizes, const Strided* tensors, int count,
                        View* views, Layout* layout) {
   int64_t order[most_dims], groups = 0, size[2] = {1, 1}, last[2] = {-1, -1};
@@ -61,7 +61,8 @@ inline bool make_views(int64_t dims, const int64_t* sizes, const Strided* tensor
     planes = planes && v.inner_stride == 1;
     rows = rows && v.channel_stride == 1;
   }
-  *layout = planes && (sizes[1] == 1 || views[0].inner > 1 || !rows) ? Layout::planes : Layout::rows;
+  *layout =
+      planes && (sizes[1] == 1 || views[0].inner > 1 || !rows) ? Layout::planes : Layout::rows;
   return planes || rows;
 }
 

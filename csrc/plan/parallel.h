@@ -1,4 +1,4 @@
-// How loops are spread over threads: by torch's thread pool, or by what a test puts in its place.
+// How work is spread over threads: by torch's thread pool, or by what a test puts in its place.
 #pragma once
 
 #include <cstdint>

@@ -1,5 +1,5 @@
-// Weight, bias and running statistics: (C,) tensors of any floating type, read and written as double.
-// And the counter of batches, of any type that counts.
+// Weight, bias and running statistics: tensors of shape (C,) and of any floating type, read and
+// written as doubles. And the counter of batches, of any type that counts.
 #pragma once
 
 #include <cstdint>
@@ -10,6 +10,7 @@
 
 namespace syncbn {
 
+// A tensor of shape (C,), which an operator's caller may leave out.
 struct Parameter {
   bool given = false;
   void* data = nullptr;
@@ -17,6 +18,8 @@ struct Parameter {
   int64_t stride = 1;
 };
 
+// Scalars of every element type as doubles and back, rounded to nearest, ties to even; the same
+// bits as elements.h gives for vectors.
 inline double widen(float v) { return v; }
 inline double widen(double v) { return v; }
 inline double widen(BFloat16 v) {
@@ -66,6 +69,7 @@ inline void narrow(double v, Half* to) {
   to->bits = uint16_t(sign | half);
 }
 
+// Calls body with the data as a pointer to its own type.
 template <class F>
 void with_elements(const Parameter& p, F body) {
   switch (p.dtype) {
@@ -76,9 +80,10 @@ void with_elements(const Parameter& p, F body) {
   }
 }
 
-inline void read(const Parameter& p, int64_t channels, double otherwise, double* to) {
+// The parameter's values, or `absent` for each channel where it was not given.
+inline void read_parameter(const Parameter& p, int64_t channels, double absent, double* to) {
   if (!p.given) {
-    for (int64_t c = 0; c < channels; ++c) to[c] = otherwise;
+    for (int64_t c = 0; c < channels; ++c) to[c] = absent;
     return;
   }
   with_elements(p, [&](auto* from) {
@@ -89,7 +94,7 @@ inline void read(const Parameter& p, int64_t channels, double otherwise, double*
   });
 }
 
-inline void write(const Parameter& p, int64_t channels, const double* from) {
+inline void write_parameter(const Parameter& p, int64_t channels, const double* from) {
   with_elements(p, [&](auto* to) {
     for (int64_t c = 0; c < channels; ++c) narrow(from[c], to + c * p.stride);
   });
@@ -97,7 +102,7 @@ inline void write(const Parameter& p, int64_t channels, const double* from) {
 
 // Adds one to the number at `data`, in its own type, and returns it.
 template <class T>
-double count_on(void* data) {
+double increment(void* data) {
   T* number = static_cast<T*>(data);
   if constexpr (std::is_integral_v<T>) {
     *number = T(std::make_unsigned_t<T>(*number) + 1u);
@@ -112,36 +117,38 @@ double count_on(void* data) {
 struct Counter {
   bool given = false;
   void* data = nullptr;
-  double (*count_on)(void*) = nullptr;
+  double (*increment)(void*) = nullptr;
 };
 
-// The running statistics and how they follow the batches'.
+// The running statistics, and how far a batch moves them.
 struct Running {
   Parameter mean, var;
   Counter batches;
-  bool cumulative = false;  // momentum None: the average over all batches
+  bool cumulative = false;  // momentum is None: they are averages over all batches
   double momentum = 0;
 
-  // Counts this batch; returns its weight.
-  double step() const {
-    const double counted = batches.given ? batches.count_on(batches.data) : 0;
+  // Counts this batch, and returns the momentum that is the batch's own: the weight of its
+  // statistics in the running ones.
+  double count_batch() const {
+    const double counted = batches.given ? batches.increment(batches.data) : 0;
     if (!cumulative) return momentum;
     return batches.given ? 1 / counted : 0;
   }
 };
 
-// Channels [begin, end) of the running statistics move by `step` towards the mean and unbiased
-// variance of `count` values: (1 − step)·old + step·new, which keeps a small one beside a large.
-inline void move_running(const Running& running, int64_t begin, int64_t end, double step,
-                         double count, const double* mean, const double* m2) {
-  if (step == 0) return;  // 0·∞ would be no number
-  const double unbiased = 1 / (count - 1 < 1 ? 1 : count - 1), kept = 1 - step;
+// Moves channels [begin, end) of the running statistics towards the mean and the unbiased variance
+// of `count` values, as (1 − momentum)·old + momentum·new: old + momentum·(new − old) would lose
+// all digits of a new value that is small beside the old one.
+inline void update_running(const Running& running, int64_t begin, int64_t end, double momentum,
+                           double count, const double* mean, const double* m2) {
+  if (count == 0 || momentum == 0) return;  // 0·∞ would be no number
+  const double unbiased = 1 / (count - 1 < 1 ? 1 : count - 1), kept = 1 - momentum;
   auto move = [&](const Parameter& p, const double* target, double factor) {
     if (!p.given) return;
     with_elements(p, [&](auto* to) {
       for (int64_t c = begin; c < end; ++c) {
         const double old = widen(to[c * p.stride]);
-        narrow(kept * old + step * (target[c] * factor), to + c * p.stride);
+        narrow(kept * old + momentum * (target[c] * factor), to + c * p.stride);
       }
     });
   };

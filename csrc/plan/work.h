@@ -28,8 +28,7 @@ struct Work {
   }
   Tile tile(int64_t t, int64_t s) const {
     const int64_t begin = t * tile_columns, end = begin + tile_columns;
-    return {begin, end < columns ? end : columns, s * segment,
-            s * segment + segment_length(s)};
+    return {begin, end < columns ? end : columns, s * segment, s * segment + segment_length(s)};
   }
   // Units follow the order in memory.
   int64_t unit_tile(int64_t u) const { return layout == Layout::planes ? u / segments : u % tiles; }

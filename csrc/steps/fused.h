@@ -1,23 +1,26 @@
-// Both passes of a single process in one go: what the first pass over a tile of channels leaves in
-// the cache, the second finds there.
+// The steps of a process that is alone, fused: forward measures and normalises, backward sums and
+// gives the input's gradient. Channels need nothing of each other, so both passes may go over one
+// tile of channels before the next: the second finds in the cache what the first has read.
 #pragma once
 
 #include "steps/steps.h"
 
 namespace syncbn {
 
-// Whether to take whole channels, tile by tile, or one pass over all and then the other. It needs
-// a tile or more for every thread, about as many for each. Results don't depend on it.
+// Whether to take both passes tile by tile, or the first over all and then the second. Tile by
+// tile, every thread needs work: as many tiles as the others, or so many that one more does not
+// matter. Results do not depend on it.
 inline bool tile_by_tile(const Parallel& parallel, const Work& w) {
   const int64_t threads = parallel.threads;
-  return w.columns == w.channels &&
-         (w.tiles % threads == 0 || w.tiles >= 4 * threads);
+  return w.columns == w.channels && (w.tiles % threads == 0 || w.tiles >= 4 * threads);
 }
 
+// Calls body(tile, begin, end) for all tiles, of channels [begin, end).
 template <class Body>
 void over_tiles(const Parallel& parallel, const Work& w, Body body) {
   parallel(w.tiles, ceil_div(2, w.segments), [&](int64_t begin, int64_t end) {
-    for (int64_t t = begin; t < end; ++t) body(t, w.tile(t, 0).channel_begin, w.tile(t, 0).channel_end);
+    for (int64_t t = begin; t < end; ++t)
+      body(t, w.tile(t, 0).channel_begin, w.tile(t, 0).channel_end);
   });
 }
 
@@ -25,28 +28,29 @@ inline ChannelValues from_channel(const ChannelValues& v, int64_t c) {
   return {v.mean + c, v.invstd + c, v.weight + c, v.bias ? v.bias + c : nullptr};
 }
 
-// y, and per channel mean and invstd.
+// Writes y, and per channel mean and invstd; moves the running statistics.
 inline void forward(const Parallel& parallel, const Work& w, const View& x, const View& y,
                     const Affine& affine, const Running& running, double eps, double* mean,
                     double* invstd) {
-  const double count = double(w.count()), step = running.step();
+  const double count = double(w.count()), momentum = running.count_batch();
   Scratch scratch(w.columns * (2 * w.segments + 7) + 4 * w.channels);
-  Pairs partial{scratch.take(w.columns * (w.segments + 1)),
-                scratch.take(w.columns * (w.segments + 1))};
+  MomentArrays partial{scratch.take(w.columns * (w.segments + 1)),
+                       scratch.take(w.columns * (w.segments + 1))};
   double *weight = scratch.take(w.channels), *bias = scratch.take(w.channels);
   const Coefficients k = take_coefficients(scratch, w.columns);
   double* base = scratch.take(w.columns);
-  read(affine.weight, w.channels, 1, weight);
-  read(affine.bias, w.channels, 0, bias);
+  read_parameter(affine.weight, w.channels, 1, weight);
+  read_parameter(affine.bias, w.channels, 0, bias);
 
   auto measure = [&](int64_t t, int64_t s) {
     measure_tile(w, x, w.tile(t, s), partial.row(s, w.columns));
   };
   const ChannelValues values{mean, invstd, weight, bias};
-  auto conclude = [&](int64_t begin, int64_t end, const Pairs& moments) {
+  // From moments to coefficients; returns whether these fit.
+  auto conclude = [&](int64_t begin, int64_t end, const MomentArrays& moments) {
     const int64_t n = end - begin;
     for (int64_t c = begin; c < end; ++c) mean[c] = moments.first[c];
-    move_running(running, begin, end, step, count, moments.first, moments.second);
+    update_running(running, begin, end, momentum, count, moments.first, moments.second);
     w.per_channel->inverse_deviation(n, count, moments.second + begin, eps, invstd + begin);
     return w.per_channel->forward_coefficients(n, from_channel(values, begin),
                                                from_channel(w, k, begin));
@@ -65,7 +69,7 @@ inline void forward(const Parallel& parallel, const Work& w, const View& x, cons
   over_units(parallel, w, false, measure);
   measure_tail(w, x, partial);
   merge_segments(w, partial, base, 0, w.columns);
-  const Pairs result{scratch.take(w.channels), scratch.take(w.channels)};
+  const MomentArrays result{scratch.take(w.channels), scratch.take(w.channels)};
   merge_columns(w, partial, base, result);
   const bool fits = conclude(0, w.channels, result);
   spread_coefficients(w, {k.shift, k.scale, k.offset});
@@ -73,7 +77,7 @@ inline void forward(const Parallel& parallel, const Work& w, const View& x, cons
   w.over_tail([&](const Tile& t) { normalise(t, fits); });
 }
 
-// dx, and per channel Σdy and Σdy·x̂ in sums.
+// Writes dx, and per channel Σdy and Σdy·x̂ into sums.
 inline void backward(const Parallel& parallel, const Work& w, const View& dy, const View& x,
                      const View& dx, const Parameter& weights, const double* mean,
                      const double* invstd, double* sums) {
@@ -85,11 +89,11 @@ inline void backward(const Parallel& parallel, const Work& w, const View& dy, co
     return;
   }
   Scratch scratch(2 * w.columns * w.segments + w.channels + 4 * w.columns);
-  Pairs partial{scratch.take(w.columns * w.segments), scratch.take(w.columns * w.segments)};
+  MomentArrays partial{scratch.take(w.columns * w.segments), scratch.take(w.columns * w.segments)};
   double* weight = scratch.take(w.channels);
   const Coefficients k = take_coefficients(scratch, w.columns);
-  read(weights, w.channels, 1, weight);
-  w.per_channel->shifts(w.channels, mean, k.shift);
+  read_parameter(weights, w.channels, 1, weight);
+  w.per_channel->round_means(w.channels, mean, k.shift);
   const ChannelValues values{mean, invstd, weight, nullptr};
   over_tiles(parallel, w, [&](int64_t t, int64_t begin, int64_t end) {
     for (int64_t s = 0; s < w.segments; ++s)
@@ -101,8 +105,8 @@ inline void backward(const Parallel& parallel, const Work& w, const View& dy, co
     for (int64_t c = 0; c < n; ++c) dot[c] = partial.second[begin + c];
     const ChannelValues here = from_channel(values, begin);
     w.per_channel->project(n, here, total, dot);
-    const bool fits = w.per_channel->backward_coefficients(n, count, here, total, dot,
-                                                           from_channel(w, k, begin));
+    const bool fits =
+        w.per_channel->backward_coefficients(n, count, here, total, dot, from_channel(w, k, begin));
     for (int64_t s = w.segments - 1; s >= 0; --s)
       input_gradient_tile(w, dy, x, dx, w.tile(t, s), k, values, count, sums, sums + w.channels,
                           fits);

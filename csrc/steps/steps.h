@@ -1,5 +1,5 @@
-// The four steps of synchronised batch normalisation, and the two of a single process, on views.
-// Formulas and shapes: src/syncbn/kernels/composite.py.
+// The four steps of synchronised batch normalisation, on views. Their formulas and shapes stand in
+// src/syncbn/kernels/composite.py.
 #pragma once
 
 #include <cstdint>
@@ -15,6 +15,7 @@
 
 namespace syncbn {
 
+// Memory for the numbers that a step needs in between, taken piece by piece.
 class Scratch {
  public:
   explicit Scratch(int64_t doubles) : memory_(new double[size_t(doubles)]), next_(memory_.get()) {}
@@ -34,8 +35,8 @@ inline Coefficients take_coefficients(Scratch& scratch, int64_t columns) {
           scratch.take(columns)};
 }
 
-// Runs `unit` over all units, from the last to the first where `backwards`: what a first pass
-// touched last, a second pass finds in the cache.
+// Calls unit(tile, segment) for all units of work, from the last to the first where `backwards`:
+// what a first pass touched last, a second pass still finds in the cache.
 template <class Unit>
 void over_units(const Parallel& parallel, const Work& w, bool backwards, Unit unit) {
   parallel(w.units(), 2, [&](int64_t begin, int64_t end) {
@@ -48,6 +49,7 @@ void over_units(const Parallel& parallel, const Work& w, bool backwards, Unit un
 
 // --- coefficients per column -----------------------------------------------------------------
 
+// Copies values per channel, at the front of an array, to the columns of each channel.
 template <class R>
 void spread(const Work& w, void* values) {
   R* v = static_cast<R*>(values);
@@ -57,12 +59,13 @@ void spread(const Work& w, void* values) {
     for (int64_t j = w.columns - 1; j >= 0; --j) v[j] = v[j / w.divide];
 }
 
-// From values per channel, at the front of each array, to values per column.
 inline void spread_coefficients(const Work& w, std::initializer_list<void*> arrays) {
   if (w.columns == w.channels) return;
-  for (void* values : arrays) w.real_size == 8 ? spread<double>(w, values) : spread<float>(w, values);
+  for (void* values : arrays)
+    w.real_size == 8 ? spread<double>(w, values) : spread<float>(w, values);
 }
 
+// The coefficients of the channels from c on.
 inline Coefficients from_channel(const Work& w, const Coefficients& k, int64_t c) {
   auto at = [&](void* p) { return static_cast<void*>(static_cast<char*>(p) + c * w.real_size); };
   return {at(k.shift), at(k.scale), at(k.offset), at(k.slope)};
@@ -70,17 +73,18 @@ inline Coefficients from_channel(const Work& w, const Coefficients& k, int64_t c
 
 // --- the steps -------------------------------------------------------------------------------
 
-inline void measure_tail(const Work& w, const View& x, const Pairs& partial) {
-  const Pairs tail = partial.row(w.segments, w.columns);
+// The moments of the tail, as a last row of the partial ones.
+inline void measure_tail(const Work& w, const View& x, const MomentArrays& partial) {
+  const MomentArrays tail = partial.row(w.segments, w.columns);
   w.over_tail([&](const Tile& t) { measure_tile(w, x, t, tail); });
 }
 
 // Packed moments [count, mean…, M2…] of x.
 inline void measure(const Parallel& parallel, const Work& w, const View& x, double* packed) {
   Scratch scratch(w.columns * (2 * w.segments + 3));
-  Pairs result{packed + 1, packed + 1 + w.channels};
-  Pairs partial{scratch.take(w.columns * (w.segments + 1)),
-                scratch.take(w.columns * (w.segments + 1))};
+  MomentArrays result{packed + 1, packed + 1 + w.channels};
+  MomentArrays partial{scratch.take(w.columns * (w.segments + 1)),
+                       scratch.take(w.columns * (w.segments + 1))};
   packed[0] = double(w.count());
   const bool direct = w.columns == w.channels && w.segments == 1;
   if (direct) partial = result;
@@ -108,7 +112,7 @@ inline double merge_sets(const double* sets, int64_t k, int64_t stride, int64_t 
     const double *means = sets + 1, *m2s = means + channels;
     if (sets[0] == 0) continue;  // an empty set weighs nothing
     if (count == 0) {
-      from_base(channels, means, base, mean);
+      split_means(channels, means, base, mean);
       for (int64_t c = 0; c < channels; ++c) m2[c] = m2s[c];
     } else {
       loops.merge_moments(channels, count, base, mean, m2, sets[0], means, m2s);
@@ -119,65 +123,55 @@ inline double merge_sets(const double* sets, int64_t k, int64_t stride, int64_t 
   return count;
 }
 
-// What one process knows of the statistics before it normalises.
+// What both passes over the elements need to know of the union of all sets.
 struct Statistics {
   double count;
   double *mean, *invstd;
 };
-
-// Running statistics and invstd from the merged moments.
-inline void follow(const ChannelLoops& loops, int64_t channels, double count, const double* mean,
-                   const double* m2, const Running& running, double eps, double* invstd) {
-  const double step = running.step();
-  if (count > 0) move_running(running, 0, channels, step, count, mean, m2);
-  loops.inverse_deviation(channels, count, m2, eps, invstd);
-}
 
 inline void normalise(const Parallel& parallel, const Work& w, const View& x, const View& y,
                       const Affine& affine, const Statistics& statistics) {
   Scratch scratch(2 * w.channels + 4 * w.columns);
   double *weight = scratch.take(w.channels), *bias = scratch.take(w.channels);
   const Coefficients k = take_coefficients(scratch, w.columns);
-  read(affine.weight, w.channels, 1, weight);
-  read(affine.bias, w.channels, 0, bias);
+  read_parameter(affine.weight, w.channels, 1, weight);
+  read_parameter(affine.bias, w.channels, 0, bias);
   const ChannelValues v{statistics.mean, statistics.invstd, weight, bias};
   const bool fits = w.per_channel->forward_coefficients(w.channels, v, k);
   spread_coefficients(w, {k.shift, k.scale, k.offset});
-  over_units(parallel, w, true, [&](int64_t t, int64_t s) {
-    normalise_tile(w, x, y, w.tile(t, s), k, v, fits);
-  });
+  over_units(parallel, w, true,
+             [&](int64_t t, int64_t s) { normalise_tile(w, x, y, w.tile(t, s), k, v, fits); });
   w.over_tail([&](const Tile& t) { normalise_tile(w, x, y, t, k, v, fits); });
 }
 
-// sums: Σdy and Σdy·x̂ per channel.
+// sums: room for Σdy and Σdy·x̂ per channel.
 inline void gradient_sums(const Parallel& parallel, const Work& w, const View& dy, const View& x,
                           const double* mean, const double* invstd, double* sums) {
   Scratch scratch(w.columns + 2 * w.columns * (w.segments + 1));
   double* shift = scratch.take(w.columns);
-  Pairs result{sums, sums + w.channels};
-  Pairs partial{scratch.take(w.columns * (w.segments + 1)),
-                scratch.take(w.columns * (w.segments + 1))};
-  w.per_channel->shifts(w.channels, mean, shift);
+  MomentArrays result{sums, sums + w.channels};
+  MomentArrays partial{scratch.take(w.columns * (w.segments + 1)),
+                       scratch.take(w.columns * (w.segments + 1))};
+  w.per_channel->round_means(w.channels, mean, shift);
   spread_coefficients(w, {shift});
   over_units(parallel, w, false, [&](int64_t t, int64_t s) {
     gradient_sums_tile(w, dy, x, w.tile(t, s), shift, partial.row(s, w.columns));
   });
-  const Pairs tail = partial.row(w.segments, w.columns);
+  const MomentArrays tail = partial.row(w.segments, w.columns);
   w.over_tail([&](const Tile& t) { gradient_sums_tile(w, dy, x, t, shift, tail); });
   add_segments(w, partial, 0, w.columns);
   add_columns(w, partial, result);
-  w.per_channel->project(w.channels, {mean, invstd, nullptr, nullptr}, result.first,
-                         result.second);
+  w.per_channel->project(w.channels, {mean, invstd, nullptr, nullptr}, result.first, result.second);
 }
 
-// sums: those of all sets together, of `count` values per channel.
+// sums: Σdy and Σdy·x̂ over the union of all sets.
 inline void input_gradient(const Parallel& parallel, const Work& w, const View& dy, const View& x,
                            const View& dx, const Parameter& weights, const Statistics& statistics,
                            const double* sums) {
   Scratch scratch(w.channels + 4 * w.columns);
   double* weight = scratch.take(w.channels);
   const Coefficients k = take_coefficients(scratch, w.columns);
-  read(weights, w.channels, 1, weight);
+  read_parameter(weights, w.channels, 1, weight);
   const double *dots = sums + w.channels, n = statistics.count;
   const ChannelValues v{statistics.mean, statistics.invstd, weight, nullptr};
   const bool fits = w.per_channel->backward_coefficients(w.channels, n, v, sums, dots, k);

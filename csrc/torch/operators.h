@@ -1,5 +1,6 @@
-// The operators of the library "syncbn" on LibTorch's stable ABI: check, allocate, loop.
-// Formulas and shapes: src/syncbn/kernels/composite.py.
+// The operators of the library "syncbn" on LibTorch's stable ABI: each checks its arguments,
+// allocates its results and runs a step. Formulas and shapes stand in
+// src/syncbn/kernels/composite.py.
 #pragma once
 
 #include <tuple>
@@ -12,64 +13,70 @@ namespace syncbn::operators {
 inline Tensor measure(const Tensor& x) {
   const Dtype dtype = check_input("measure", x);
   const int64_t channels = x.size(1);
-  Tensor packed = doubles(1 + 2 * channels);
+  Tensor packed = empty_doubles(1 + 2 * channels);
   if (x.numel() == 0) {
-    for (int64_t j = 0; j < 1 + 2 * channels; ++j) data(packed)[j] = 0;
+    for (int64_t j = 0; j < 1 + 2 * channels; ++j) as_doubles(packed)[j] = 0;
     return packed;
   }
   const Problem p = make_problem(dtype, x, nullptr, nullptr);
-  syncbn::measure(parallel(), p.work, p.views[0], data(packed));
+  syncbn::measure(parallel(), p.work, p.views[0], as_doubles(packed));
   return packed;
 }
 
 inline std::tuple<Tensor, Tensor, Tensor, Tensor> normalise(
-    const Tensor& x, const Tensor& sets, const Maybe& weight, const Maybe& bias,
-    const Maybe& running_mean, const Maybe& running_var, const Maybe& num_batches_tracked,
-    std::optional<double> momentum, double eps) {
+    const Tensor& x, const Tensor& sets, const OptionalTensor& weight, const OptionalTensor& bias,
+    const OptionalTensor& running_mean, const OptionalTensor& running_var,
+    const OptionalTensor& num_batches_tracked, std::optional<double> momentum, double eps) {
   const Dtype dtype = check_input("normalise", x);
   const int64_t channels = x.size(1);
   SYNCBN_CHECK(torch_dtype(sets) == aoti_torch_dtype_float64() && sets.dim() == 2 &&
                    sets.size(1) == 1 + 2 * channels && sets.stride(1) == 1,
                "syncbn::normalise: expected sets as packed float64 moments of shape (k, ",
-               1 + 2 * channels, "), got shape ", shape(sets));
+               1 + 2 * channels, "), got shape ", shape_text(sets));
   check_held("sets", sets, 8);
-  const Running r = running("normalise", running_mean, running_var, num_batches_tracked, momentum, channels);
-  const Affine affine{parameter("normalise", "weight", weight, channels),
-                      parameter("normalise", "bias", bias, channels)};
-  Tensor y = new_like(x), mean = doubles(channels), invstd = doubles(channels);
+  const Running r = check_running("normalise", running_mean, running_var, num_batches_tracked,
+                                  momentum, channels);
+  const Affine affine{check_parameter("normalise", "weight", weight, channels),
+                      check_parameter("normalise", "bias", bias, channels)};
+  Tensor y = new_like(x), mean = empty_doubles(channels), invstd = empty_doubles(channels);
   Tensor count = allocate(nullptr, nullptr, 0, aoti_torch_dtype_float64());
-  const Loopset& set = best_loopset();
-  const ChannelLoops& loops = set.channels[int(dtype)];
+  const ChannelLoops& loops = best_loopset().channels[int(dtype)];
   Scratch scratch(channels);
   double* m2 = scratch.take(channels);
-  *data(count) = merge_sets(data(sets), sets.size(0), sets.stride(0), channels, loops, data(mean), m2);
-  follow(loops, channels, *data(count), data(mean), m2, r, eps, data(invstd));
+  const double n = merge_sets(as_doubles(sets), sets.size(0), sets.stride(0), channels, loops,
+                              as_doubles(mean), m2);
+  *as_doubles(count) = n;
+  update_running(r, 0, channels, r.count_batch(), n, as_doubles(mean), m2);
+  loops.inverse_deviation(channels, n, m2, eps, as_doubles(invstd));
   if (x.numel() > 0) {
     const Problem p = make_problem(dtype, x, nullptr, &y);
     syncbn::normalise(parallel(), p.work, p.views[0], p.views[1], affine,
-                      {*data(count), data(mean), data(invstd)});
+                      {n, as_doubles(mean), as_doubles(invstd)});
   }
   return {y, mean, invstd, count};
 }
 
-inline Tensor gradient_sums(const Tensor& dy, const Tensor& x, const Tensor& mean, const Tensor& invstd) {
+inline Tensor gradient_sums(const Tensor& dy, const Tensor& x, const Tensor& mean,
+                            const Tensor& invstd) {
   const Dtype dtype = check_input("gradient_sums", x);
   check_gradient("gradient_sums", dy, x);
   const int64_t channels = x.size(1);
   const double* means = check_doubles("gradient_sums", "mean", mean, channels);
   const double* invstds = check_doubles("gradient_sums", "invstd", invstd, channels);
-  Tensor sums = doubles(2, channels);
+  Tensor sums = empty_doubles(2, channels);
   if (x.numel() == 0) {
-    for (int64_t j = 0; j < 2 * channels; ++j) data(sums)[j] = 0;
+    for (int64_t j = 0; j < 2 * channels; ++j) as_doubles(sums)[j] = 0;
     return sums;
   }
   const Problem p = make_problem(dtype, x, &dy, nullptr);
-  syncbn::gradient_sums(parallel(), p.work, p.views[1], p.views[0], means, invstds, data(sums));
+  syncbn::gradient_sums(parallel(), p.work, p.views[1], p.views[0], means, invstds,
+                        as_doubles(sums));
   return sums;
 }
 
-inline Tensor input_gradient(const Tensor& dy, const Tensor& x, const Maybe& weight, const Tensor& mean,
-                      const Tensor& invstd, const Tensor& sums, const Tensor& count) {
+inline Tensor input_gradient(const Tensor& dy, const Tensor& x, const OptionalTensor& weight,
+                             const Tensor& mean, const Tensor& invstd, const Tensor& sums,
+                             const Tensor& count) {
   const Dtype dtype = check_input("input_gradient", x);
   check_gradient("input_gradient", dy, x);
   const int64_t channels = x.size(1);
@@ -77,7 +84,7 @@ inline Tensor input_gradient(const Tensor& dy, const Tensor& x, const Maybe& wei
   const double* invstds = check_doubles("input_gradient", "invstd", invstd, channels);
   const double* totals = check_doubles("input_gradient", "sums", sums, 2 * channels);
   const double* n = check_doubles("input_gradient", "count", count, 1);
-  const Parameter weights = parameter("input_gradient", "weight", weight, channels);
+  const Parameter weights = check_parameter("input_gradient", "weight", weight, channels);
   Tensor dx = new_like(x);
   if (x.numel() == 0) return dx;
   const Problem p = make_problem(dtype, x, &dy, &dx);
@@ -88,48 +95,56 @@ inline Tensor input_gradient(const Tensor& dy, const Tensor& x, const Maybe& wei
 
 // --- one process -------------------------------------------------------------------------------
 
-inline std::tuple<Tensor, Tensor> batch_norm(const Tensor& x, const Maybe& weight, const Maybe& bias,
-                                      const Maybe& running_mean, const Maybe& running_var,
-                                      const Maybe& num_batches_tracked,
-                                      std::optional<double> momentum, double eps) {
+inline std::tuple<Tensor, Tensor> batch_norm(const Tensor& x, const OptionalTensor& weight,
+                                             const OptionalTensor& bias,
+                                             const OptionalTensor& running_mean,
+                                             const OptionalTensor& running_var,
+                                             const OptionalTensor& num_batches_tracked,
+                                             std::optional<double> momentum, double eps) {
   const Dtype dtype = check_input("batch_norm", x);
   const int64_t channels = x.size(1);
-  SYNCBN_CHECK(x.numel() > 0, "syncbn::batch_norm: expected a tensor with values, got shape ", shape(x));
-  const Running r = running("batch_norm", running_mean, running_var, num_batches_tracked, momentum, channels);
-  const Affine affine{parameter("batch_norm", "weight", weight, channels),
-                      parameter("batch_norm", "bias", bias, channels)};
-  Tensor y = new_like(x), saved = doubles(2, channels);
+  SYNCBN_CHECK(x.numel() > 0, "syncbn::batch_norm: expected a tensor with values, got shape ",
+               shape_text(x));
+  const Running r = check_running("batch_norm", running_mean, running_var, num_batches_tracked,
+                                  momentum, channels);
+  const Affine affine{check_parameter("batch_norm", "weight", weight, channels),
+                      check_parameter("batch_norm", "bias", bias, channels)};
+  Tensor y = new_like(x), saved = empty_doubles(2, channels);
   const Problem p = make_problem(dtype, x, nullptr, &y);
-  forward(parallel(), p.work, p.views[0], p.views[1], affine, r, eps, data(saved),
-          data(saved) + channels);
+  forward(parallel(), p.work, p.views[0], p.views[1], affine, r, eps, as_doubles(saved),
+          as_doubles(saved) + channels);
   return {y, saved};
 }
 
-// A tensor for the gradient of a parameter, of its type.
-inline Tensor gradient_of(const Maybe& parameter, int64_t channels) {
+// A new tensor for the gradient of a parameter, of the parameter's type.
+inline Tensor gradient_of(const OptionalTensor& parameter, int64_t channels) {
   const int64_t one = 1;
   const int32_t type = parameter ? torch_dtype(*parameter) : aoti_torch_dtype_float32();
   return allocate(&channels, &one, 1, type);
 }
 
 inline std::tuple<Tensor, Tensor, Tensor> batch_norm_backward(const Tensor& dy, const Tensor& x,
-                                               const Maybe& weight, const Maybe& bias,
-                                               const Tensor& saved) {
+                                                              const OptionalTensor& weight,
+                                                              const OptionalTensor& bias,
+                                                              const Tensor& saved) {
   const Dtype dtype = check_input("batch_norm_backward", x);
   check_gradient("batch_norm_backward", dy, x);
   const int64_t channels = x.size(1);
-  SYNCBN_CHECK(x.numel() > 0, "syncbn::batch_norm_backward: expected a tensor with values, got shape ",
-               shape(x));
+  SYNCBN_CHECK(x.numel() > 0,
+               "syncbn::batch_norm_backward: expected a tensor with values, got shape ",
+               shape_text(x));
   const double* mean = check_doubles("batch_norm_backward", "saved", saved, 2 * channels);
-  const Parameter weights = parameter("batch_norm_backward", "weight", weight, channels);
-  Tensor dx = new_like(x), dweight = gradient_of(weight, channels), dbias = gradient_of(bias, channels);
+  const Parameter weights = check_parameter("batch_norm_backward", "weight", weight, channels);
+  Tensor dx = new_like(x), dweight = gradient_of(weight, channels),
+         dbias = gradient_of(bias, channels);
   const Problem p = make_problem(dtype, x, &dy, &dx);
   Scratch scratch(2 * channels);
   double* sums = scratch.take(2 * channels);
   backward(parallel(), p.work, p.views[1], p.views[0], p.views[2], weights, mean, mean + channels,
            sums);
-  write(parameter("batch_norm_backward", "dbias", dbias, channels), channels, sums);
-  write(parameter("batch_norm_backward", "dweight", dweight, channels), channels, sums + channels);
+  write_parameter(check_parameter("batch_norm_backward", "dbias", dbias, channels), channels, sums);
+  write_parameter(check_parameter("batch_norm_backward", "dweight", dweight, channels), channels,
+                  sums + channels);
   return {dx, dweight, dbias};
 }
 

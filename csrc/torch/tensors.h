@@ -1,4 +1,4 @@
-// Torch's tensors as the loops' views: allocation, strides, copies.
+// Torch's tensors as the views that the loops take: allocation, strides, copies.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -10,7 +10,7 @@
 
 namespace syncbn::operators {
 
-// --- torch's side of the parts ---------------------------------------------------------------
+// --- threads and memory ----------------------------------------------------------------------
 
 inline Parallel parallel() {
   auto run = [](int64_t begin, int64_t end, int64_t grain, Parallel::Body body, void* context) {
@@ -23,22 +23,24 @@ inline Tensor allocate(const int64_t* sizes, const int64_t* strides, int64_t dim
   AtenTensorHandle handle;
   SYNCBN_CHECK(aoti_torch_empty_strided(dims, sizes, strides, dtype, aoti_torch_device_type_cpu(),
                                         0, &handle) == AOTI_TORCH_SUCCESS,
-               "sync_batch_norm: expected memory for a result of shape ", shape(dims, sizes),
+               "sync_batch_norm: expected memory for a result of shape ", shape_text(dims, sizes),
                ", got none from torch, which says why above; take a smaller batch");
   return Tensor(handle);
 }
 
+// What torch.empty_like gives. The stable ABI has that too, through the dispatcher, which takes
+// three times as long and has errors of its own.
 inline Tensor new_like(const Tensor& x) {
   int64_t strides[most_dims];
   strides_like(x.dim(), x.sizes().data(), x.strides().data(), strides);
   return allocate(x.sizes().data(), strides, x.dim(), torch_dtype(x));
 }
 
-inline Tensor doubles(int64_t n) {
+inline Tensor empty_doubles(int64_t n) {
   const int64_t one = 1;
   return allocate(&n, &one, 1, aoti_torch_dtype_float64());
 }
-inline Tensor doubles(int64_t rows, int64_t n) {
+inline Tensor empty_doubles(int64_t rows, int64_t n) {
   const int64_t sizes[] = {rows, n}, strides[] = {n, 1};
   return allocate(sizes, strides, 2, aoti_torch_dtype_float64());
 }
@@ -50,7 +52,8 @@ inline void* element(const Tensor& t, Dtype dtype, int64_t n) {
 
 // --- tensors as views ------------------------------------------------------------------------
 
-// Tensors of one shape, as views that loops exist for, and the work on them.
+// Tensors of one shape (x, perhaps dy, perhaps a result), as views that there are loops for, and
+// the work on them.
 struct Problem {
   Dtype dtype;
   int count;
@@ -58,8 +61,8 @@ struct Problem {
   View views[3];
   Work work;
 
-  // Turns to `size` elements of dimension 0, from `begin` on. False if no loops fit the strides.
-  bool look(int64_t begin, int64_t size) {
+  // Views `size` elements of dimension 0, from `begin` on. False if no loops fit the strides.
+  bool view_samples(int64_t begin, int64_t size) {
     const Tensor& x = tensors[0];
     int64_t sizes[most_dims];
     for (int64_t d = 0; d < x.dim(); ++d) sizes[d] = d == 0 ? size : x.size(d);
@@ -73,7 +76,9 @@ struct Problem {
   }
 };
 
-inline Problem problem_of(Dtype dtype, const Tensor& x, const Tensor* dy, const Tensor* like_x) {
+// A problem that views nothing yet.
+inline Problem unviewed_problem(Dtype dtype, const Tensor& x, const Tensor* dy,
+                                const Tensor* like_x) {
   Problem p{dtype, 1, {x}, {}, {}};
   if (dy) p.tensors[p.count++] = *dy;
   if (like_x) p.tensors[p.count++] = *like_x;
@@ -95,16 +100,17 @@ inline Tensor contiguous_copy(const Tensor& t) {
   return copy;
 }
 
-// x, perhaps dy, and perhaps a result `like_x`, a new tensor like x. Tensors whose strides fit no
-// loop are copied; the copies follow the new tensor's strides, which then fit as well.
+// x, perhaps dy, and perhaps a result `like_x`, which is a new tensor like x, all of them viewed.
+// Where no loops fit the strides, dy, then x too, is copied to the strides of a new tensor like x,
+// which there are loops for.
 inline Problem make_problem(Dtype dtype, const Tensor& x, const Tensor* dy, const Tensor* like_x) {
-  Problem p = problem_of(dtype, x, dy, like_x);
+  Problem p = unviewed_problem(dtype, x, dy, like_x);
   const int64_t size = x.size(0);
-  if (!p.look(0, size)) {
+  if (!p.view_samples(0, size)) {
     const Tensor model = like_x ? *like_x : new_like(x);
     if (dy) p.tensors[1] = copy_like(*dy, model);
-    if (!p.look(0, size)) p.tensors[0] = copy_like(x, model);
-    SYNCBN_CHECK(p.look(0, size), "syncbn: no loops for strides like those of x");
+    if (!p.view_samples(0, size)) p.tensors[0] = copy_like(x, model);
+    SYNCBN_CHECK(p.view_samples(0, size), "syncbn: no loops for strides like those of x");
   }
   return p;
 }

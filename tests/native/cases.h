@@ -14,7 +14,9 @@ struct Random {
   int64_t below(int64_t n) { return int64_t(engine() % uint64_t(n)); }
   bool chance(int percent) { return below(100) < percent; }
   template <class T>
-  T one_of(std::initializer_list<T> from) { return from.begin()[below(int64_t(from.size()))]; }
+  T one_of(std::initializer_list<T> from) {
+    return from.begin()[below(int64_t(from.size()))];
+  }
   Exact normal() {
     Exact sum = -6;
     for (int k = 0; k < 12; ++k) sum += Exact(engine() >> 11) * 0x1p-53L;
@@ -23,12 +25,12 @@ struct Random {
 };
 
 // Sizes (N, C, *) with many units, segments and threads, or tails of joined rows wider than a tile.
-const Sizes large_sizes[] = {{35001, 3}, {450, 130, 2}, {3, 2, 20011}, {20, 9, 19, 31}, {2001, 5, 3, 3},
-                             {1, 7, 111, 113}, {1, 1, 100003}, {6001, 17}, {400, 16, 2, 9}, {3, 300, 11, 9},
-                             {1039, 65}, {129, 65, 3, 3}};
+const Sizes large_sizes[] = {{35001, 3},      {450, 130, 2},    {3, 2, 20011},  {20, 9, 19, 31},
+                             {2001, 5, 3, 3}, {1, 7, 111, 113}, {1, 1, 100003}, {6001, 17},
+                             {400, 16, 2, 9}, {3, 300, 11, 9},  {1039, 65},     {129, 65, 3, 3}};
 constexpr int large = 12;
 
-// Others around the widths of vectors and the limits in work.h, where code paths part.
+// Others around the widths of vectors and the limits in plan/work.h, where code paths part.
 inline Sizes random_sizes(Random& r) {
   const int64_t channels[] = {1, 2, 3, 5, 8, 15, 16, 17, 33, 64, 65, 130, 257, 600};
   const int64_t lengths[] = {1, 2, 3, 4, 7, 8, 9, 15, 16, 17, 31, 33, 63, 65};
@@ -49,7 +51,8 @@ inline Sizes random_sizes(Random& r) {
 }
 
 enum Kind { contiguous, channels_last, strided, permuted, kinds, expanded };
-const char* const kind_names[] = {"contiguous", "channels_last", "strided", "permuted", "", "expanded"};
+const char* const kind_names[] = {"contiguous", "channels_last", "strided", "permuted",
+                                  "",           "expanded"};
 
 inline Sizes random_strides(Random& r, const Sizes& sizes, int kind) {
   Sizes order;  // from the largest stride
@@ -59,13 +62,15 @@ inline Sizes random_strides(Random& r, const Sizes& sizes, int kind) {
     order.push_back(1);
   }
   if (kind == permuted)
-    for (size_t d = order.size(); d > 1; --d) std::swap(order[d - 1], order[size_t(r.below(int64_t(d)))]);
+    for (size_t d = order.size(); d > 1; --d)
+      std::swap(order[d - 1], order[size_t(r.below(int64_t(d)))]);
   Sizes strides(sizes.size());
   int64_t next = kind == strided && r.chance(15) ? 2 : 1;
   const bool step = kind == strided;
   for (size_t k = order.size(); k-- > 0;) {
     strides[size_t(order[k])] = next;
-    next *= std::max<int64_t>(sizes[size_t(order[k])], 1) + (step && r.chance(50) ? 1 + r.below(3) : 0);
+    next *=
+        std::max<int64_t>(sizes[size_t(order[k])], 1) + (step && r.chance(50) ? 1 + r.below(3) : 0);
   }
   for (int64_t& stride : strides)
     if (kind == expanded && r.chance(60)) stride = 0;
@@ -82,8 +87,10 @@ inline Exact random_deviation(Random& r, Dtype dtype) {
 // Around a mean of up to `ratio` deviations; sometimes constant, with a step, or after an outlier.
 inline void fill(Random& r, Array& x) {
   static const Exact most[dtypes] = {1e4L, 1e6L, 100, 100};
-  const Exact std = random_deviation(r, x.dtype), ratio = std < 1e35L || x.dtype == Dtype::float64 ? most[int(x.dtype)] : 0;
-  const int64_t pattern = ratio > 0 ? r.below(8) : 4, n = x.numel() / std::max<int64_t>(x.sizes[1], 1);
+  const Exact std = random_deviation(r, x.dtype),
+              ratio = std < 1e35L || x.dtype == Dtype::float64 ? most[int(x.dtype)] : 0;
+  const int64_t pattern = ratio > 0 ? r.below(8) : 4,
+                n = x.numel() / std::max<int64_t>(x.sizes[1], 1);
   for (int64_t i = 0; i < x.numel(); i += n) {
     const Exact mean = std * ratio * r.one_of<Exact>({0, 1e-4L, 0.1L, 1, -1});
     for (int64_t j = 0; j < n; ++j) {
@@ -103,7 +110,7 @@ struct Case {
   Array x, dy, like, mean, var, weight, bias;  // like: what results look like
   bool has_weight, has_bias, has_running, cumulative;
   double momentum, eps;
-  Exact steepness;  // the size of dy
+  Exact steepness;                        // the size of dy
   int64_t channels, count, batches, row;  // row: doubles from one packed set to the next
   std::vector<Moments> own, all;          // per channel: of x, and of all sets
   std::vector<double> sets, means, invstds, sums;
@@ -123,7 +130,9 @@ inline void random_sets(Case& c) {
   std::vector<std::vector<Moments>> sets(size_t(c.channels), std::vector<Moments>(size_t(k)));
   for (int64_t s = 0; s < k; ++s) {
     double* const packed = &c.sets[size_t(s * c.row)];
-    packed[0] = double(s == 0 ? c.count : c.random.chance(30) ? 0 : 1 + c.random.below(2 * c.count + 9));
+    packed[0] = double(s == 0                ? c.count
+                       : c.random.chance(30) ? 0
+                                             : 1 + c.random.below(2 * c.count + 9));
     for (int64_t j = 0; j < c.channels; ++j) {
       const Moments& m = c.own[size_t(j)];
       const Exact shift = s ? m.deviation() * c.random.normal() : 0;
@@ -143,14 +152,16 @@ inline void random_parameters(Case& c) {
   c.weight = random_vector(c, 1), c.bias = random_vector(c, 0);
   c.mean = random_vector(c, 2), c.var = random_vector(c, 3);
   const std::vector<Exact> x = c.x.values();
-  for (int64_t j = 0; j < c.channels; ++j) c.own.push_back(moments(x.data() + j * c.count, c.count));
+  for (int64_t j = 0; j < c.channels; ++j)
+    c.own.push_back(moments(x.data() + j * c.count, c.count));
   random_sets(c);
   for (int64_t j = 0; j < c.channels; ++j) {
     const Moments& m = c.all[size_t(j)];
     c.means.push_back(double(m.mean));
     c.invstds.push_back(double(1 / std::sqrt(m.m2 / std::max<Exact>(m.count, 1) + c.eps)));
   }
-  for (int64_t j = 0; j < 2 * c.channels; ++j) c.sums.push_back(double(Exact(c.count) * c.steepness * r.normal()));
+  for (int64_t j = 0; j < 2 * c.channels; ++j)
+    c.sums.push_back(double(Exact(c.count) * c.steepness * r.normal()));
 }
 
 inline Case random_case(uint64_t seed, int number) {
@@ -158,7 +169,8 @@ inline Case random_case(uint64_t seed, int number) {
   c.random.engine.seed(seed * 1000003 + uint64_t(number));
   Random& r = c.random;
   c.dtype = Dtype(r.below(dtypes));
-  const bool all_run = number < 2 * large;  // each of the large ones in both layouts, whatever the seed
+  const bool all_run =
+      number < 2 * large;  // each of the large ones in both layouts, whatever the seed
   const Sizes sizes = all_run ? large_sizes[number % large] : random_sizes(r);
   const int kind = all_run ? number / large : int(r.below(kinds));
   const int other = r.chance(15) ? int(expanded) : int(r.below(kinds));
@@ -173,9 +185,10 @@ inline Case random_case(uint64_t seed, int number) {
   c.steepness = c.dtype == Dtype::float16 ? 1 : r.one_of<Exact>({1, 1, 1, 1e-12L, 1e12L});
   for (int64_t i = 0; i < c.dy.numel(); ++i) c.dy.set(i, c.steepness * (r.normal() + 0.5L));
   random_parameters(c);
-  c.name = "case " + std::to_string(number) + ": " + format(c.dtype).name + " " + text(sizes) + " " +
-           kind_names[kind] + ", strides x " + text(c.x.strides) + " dy " + text(dy) + " result " +
-           text(c.like.strides) + ", skips " + text({c.x.skip, c.dy.skip, c.like.skip});
+  c.name = "case " + std::to_string(number) + ": " + format(c.dtype).name + " " + text(sizes) +
+           " " + kind_names[kind] + ", strides x " + text(c.x.strides) + " dy " + text(dy) +
+           " result " + text(c.like.strides) + ", skips " +
+           text({c.x.skip, c.dy.skip, c.like.skip});
   return c;
 }
 

@@ -12,11 +12,12 @@ struct Judge {
   const char *operation, *set;
   // How well sums are taken; of the short types a thousandth of their own rounding.
   Exact sums = c.dtype == Dtype::float64 ? 1e-13L : c.dtype == Dtype::float32 ? 1e-6L : 4e-6L;
-  Exact one = 8 * rounding(arithmetic(c.dtype));            // the rounding of a few operations
+  Exact one = 8 * rounding(arithmetic(c.dtype));  // the rounding of a few operations
   int failures = 0;
 
   void fail(const char* what) {
-    if (++failures == 1) std::printf("FAILED %s (%s), %s: %s\n", operation, set, c.name.c_str(), what);
+    if (++failures == 1)
+      std::printf("FAILED %s (%s), %s: %s\n", operation, set, c.name.c_str(), what);
   }
   void close(const char* what, int64_t at, Exact got, Exact expected, Exact tolerance) {
     if (std::fabs(got - expected) <= tolerance || (std::isinf(expected) && got == expected)) return;
@@ -50,7 +51,8 @@ void judge_running(Judge& j, const Output& o, const std::vector<Moments>& expect
     const Moments& m = expected[size_t(k)];
     const Errors e(m, sums);
     const Exact unbiased = m.m2 / std::max<Exact>(m.count - 1, 1);
-    auto follows = [&](const char* what, const Array& old, const Array& now, Exact to, Exact error) {
+    auto follows = [&](const char* what, const Array& old, const Array& now, Exact to,
+                       Exact error) {
       Exact next = old.get(k) + (moves ? step * (to - old.get(k)) : 0);
       if (std::fabs(next) >= overflow(old.dtype)) next *= INFINITY;
       j.close(what, k, now.get(k), next, moves ? error + 2 * last_place(old.dtype, next) : 0);
@@ -78,8 +80,9 @@ void judge_output(Judge& j, const Output& o, const std::vector<Moments>& expecte
     for (int64_t i = k * c.count; i < (k + 1) * c.count; ++i) {
       const Exact x = c.x.get(i), y = (x - m.mean) * s + bias;
       const Exact size = j.deviation(x, m.mean) * std::fabs(s);
-      j.close("y", i, o.arrays[0].get(i), y, j.one * (size + std::fabs(bias)) + relative * size +
-                                                 e.mean * std::fabs(s) + last_place(c.dtype, y));
+      j.close("y", i, o.arrays[0].get(i), y,
+              j.one * (size + std::fabs(bias)) + relative * size + e.mean * std::fabs(s) +
+                  last_place(c.dtype, y));
     }
   }
   if (!o.arrays[0].gaps_untouched()) j.fail("writes to gaps of y");
@@ -117,7 +120,8 @@ void judge_gradient(Judge& j, const Array& dx, int64_t k, Exact n, const Totals&
   const Case& c = j.c;
   const Exact mean = c.means[size_t(k)], invstd = c.invstds[size_t(k)], s = invstd * j.weight(k);
   for (int64_t i = k * c.count; i < (k + 1) * c.count; ++i) {
-    const Exact x = c.x.get(i), dy = c.dy.get(i), expected = s * (dy - t.total / n - (x - mean) * invstd * t.dot / n);
+    const Exact x = c.x.get(i), dy = c.dy.get(i),
+                expected = s * (dy - t.total / n - (x - mean) * invstd * t.dot / n);
     const Exact normal = j.deviation(x, mean) * invstd;
     const Exact size = std::fabs(dy) + std::fabs(t.total / n) + normal * std::fabs(t.dot / n);
     const Exact error = j.one * size + t.total_error / n + normal * t.dot_error / n;

@@ -1,5 +1,6 @@
-// The judge of the loops, in long double, and tensors that notice a wrong read or write. Independent
-// of the library's conversions and arithmetic; only geometry.h says what a layout is.
+// The judge of the loops, in long double, and tensors that notice a wrong read or write.
+// Independent of the library's conversions and arithmetic; only plan/geometry.h says what a layout
+// is.
 #pragma once
 
 #include <algorithm>
@@ -24,8 +25,10 @@ struct Format {
   int64_t size;
   int digits, least;  // of the significand, and the smallest normal number's exponent
 };
-constexpr Format formats[dtypes] = {
-    {"float32", 4, 24, -126}, {"float64", 8, 53, -1022}, {"bfloat16", 2, 8, -126}, {"float16", 2, 11, -14}};
+constexpr Format formats[dtypes] = {{"float32", 4, 24, -126},
+                                    {"float64", 8, 53, -1022},
+                                    {"bfloat16", 2, 8, -126},
+                                    {"float16", 2, 11, -14}};
 
 inline const Format& format(Dtype d) { return formats[int(d)]; }
 inline Exact rounding(Dtype d) { return std::ldexp(Exact(1), -format(d).digits); }
@@ -36,9 +39,7 @@ inline Exact last_place(Dtype d, Exact v) {
 }
 
 // From here on a value is rounded to infinity.
-inline Exact overflow(Dtype d) {
-  return std::ldexp(2 - rounding(d), 1 - format(d).least);
-}
+inline Exact overflow(Dtype d) { return std::ldexp(2 - rounding(d), 1 - format(d).least); }
 
 inline Exact decode_short(uint16_t bits, const Format& f) {
   const int places = f.digits - 1, exponent = (bits & 0x7fff) >> places;
@@ -118,7 +119,11 @@ struct Array {
 
   Array() : dtype(Dtype::float32), skip(0) {}
   Array(Dtype d, const Sizes& size, const Sizes& stride, int64_t skipped)
-      : dtype(d), sizes(size), strides(stride), at(std::make_shared<Sizes>(places(size, stride))), skip(skipped) {
+      : dtype(d),
+        sizes(size),
+        strides(stride),
+        at(std::make_shared<Sizes>(places(size, stride))),
+        skip(skipped) {
     int64_t last = -1;
     for (int64_t place : *at) last = std::max(last, place);
     memory.assign(size_t((skip + last + 1) * width()), char(0xff));
@@ -140,7 +145,8 @@ struct Array {
   }
   bool gaps_untouched() const {
     std::vector<char> rest = memory;
-    for (int64_t place : *at) std::memset(&rest[size_t((skip + place) * width())], 0xff, size_t(width()));
+    for (int64_t place : *at)
+      std::memset(&rest[size_t((skip + place) * width())], 0xff, size_t(width()));
     for (char byte : rest)
       if (byte != char(0xff)) return false;
     return true;

@@ -25,7 +25,7 @@ struct Tally {
   int64_t passed = 0, failed = 0;
 };
 
-// Tensors without values only merge what others measured: operators.h calls no loops on them.
+// Tensors without values only merge what others measured: torch/operators.h calls no loops on them.
 void test(const Case& c, Tally& tally) {
   for (const Operation& operation : operations) {
     if (c.count == 0 && operation.run != run_normalise) continue;

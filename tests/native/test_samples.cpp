@@ -1,5 +1,5 @@
-// Random samples, added up in random parts and by every number of threads: always the same bits, and
-// the sums of long double. Usage: test_samples [seed] [cases]. See test_loops.cpp.
+// Random samples, added up in random parts and by every number of threads: always the same bits,
+// and the sums of long double. Usage: test_samples [seed] [cases]. See test_loops.cpp.
 #include <cstdio>
 #include <cstdlib>
 
@@ -21,7 +21,8 @@ struct Samples {
 };
 
 Samples random_samples(Random& r) {
-  Samples s{r.below(r.chance(20) ? 3000 : 40), 1 + r.below(r.chance(30) ? 300 : 20), r.chance(40), {}};
+  Samples s{
+      r.below(r.chance(20) ? 3000 : 40), 1 + r.below(r.chance(30) ? 300 : 20), r.chance(40), {}};
   for (int64_t n = 0; n < s.size; ++n) {
     const int64_t count = s.single ? 1 : r.below(50);
     s.packed.push_back(double(count));
@@ -35,20 +36,20 @@ Samples random_samples(Random& r) {
 }
 
 // What a rank sends of samples [begin, end).
-Numbers sent(const Samples& s, const Loopset& set, const Parallel& parallel, int64_t begin, int64_t end) {
-  Numbers result(size_t(1 + 2 * represented * s.channels));
+Numbers sent(const Samples& s, const Loopset& set, const Parallel& parallel, int64_t begin,
+             int64_t end) {
+  Numbers result(size_t(1 + 2 * accumulator_rows * s.channels));
   for (int64_t n = begin; n < end; ++n) result[0] += s.at(n)[0];
   const int64_t row = 1 + 2 * s.channels;
-  add_up(parallel, set.reproducible, end - begin, 40000 * (end - begin), 2, s.channels, result.data() + 1,
-         [&](int64_t from, int64_t to, double* sums) {
+  accumulate_in_parts(parallel, set.reproducible, end - begin, 40000 * (end - begin), 2, s.channels,
+                      result.data() + 1, [&](int64_t from, int64_t to, double* sums) {
     if (s.single)
-      add_values(set.reproducible, s.channels, false, from, to, sums, [&](int64_t n, double* values) {
-        std::copy_n(s.at(begin + n) + 1, s.channels, values);
-      });
+      add_values(
+          set.reproducible, s.channels, false, from, to, sums,
+          [&](int64_t n, double* values) { std::copy_n(s.at(begin + n) + 1, s.channels, values); });
     else
-      add_moments(set.reproducible, s.channels, from, to, sums, [&](int64_t n, double* packed) {
-        std::copy_n(s.at(begin + n), row, packed);
-      });
+      add_moments(set.reproducible, s.channels, from, to, sums,
+                  [&](int64_t n, double* packed) { std::copy_n(s.at(begin + n), row, packed); });
   });
   return result;
 }
@@ -56,24 +57,26 @@ Numbers sent(const Samples& s, const Loopset& set, const Parallel& parallel, int
 Numbers merged(const Loopset& set, const std::vector<Numbers>& ranks, int64_t channels) {
   Numbers received, packed(size_t(1 + 2 * channels));
   for (const Numbers& rank : ranks) received.insert(received.end(), rank.begin(), rank.end());
-  merge_represented(set.reproducible, received.data(), int64_t(ranks.size()), int64_t(ranks[0].size()),
-                    channels, packed.data());
+  merge_accumulators(set.reproducible, received.data(), int64_t(ranks.size()),
+                     int64_t(ranks[0].size()), channels, packed.data());
   return packed;
 }
 
 Numbers summed(const Samples& s, const Loopset& set, const Parallel& parallel) {
   const int64_t row = 1 + 2 * s.channels;
-  Numbers result(size_t(represented * row)), high(size_t(row), 0), low(size_t(row), 0);
-  add_up(parallel, set.reproducible, s.size, 40000 * s.size, 1, row, result.data(),
-         [&](int64_t from, int64_t to, double* sums) {
+  Numbers result(size_t(accumulator_rows * row)), high(size_t(row), 0), low(size_t(row), 0);
+  accumulate_in_parts(parallel, set.reproducible, s.size, 40000 * s.size, 1, row, result.data(),
+                      [&](int64_t from, int64_t to, double* sums) {
     add_rows(set.reproducible, row, from, to, sums,
              [&](int64_t n, double* numbers) { std::copy_n(s.at(n), row, numbers); });
   });
-  set.reproducible.total(result.data(), 1, 0, row, high.data(), low.data());
+  set.reproducible.finalise(result.data(), 1, 0, row, high.data(), low.data());
   return high;
 }
 
-bool near(Exact got, Exact expected, Exact size) { return std::fabs(got - expected) <= 0x1p-48L * size; }
+bool near(Exact got, Exact expected, Exact size) {
+  return std::fabs(got - expected) <= 0x1p-48L * size;
+}
 
 // Whether `packed` are the samples' moments and `sums` the sums of their numbers.
 bool right(const Samples& s, const Numbers& packed, const Numbers& sums) {
@@ -117,7 +120,8 @@ int failures(uint64_t seed, int number) {
                 (long long)s.size, (long long)s.channels);
   };
   for_loopsets([&](const Loopset& set) {
-    const Numbers whole = sent(s, set, serial, 0, s.size), packed = merged(set, {whole}, s.channels);
+    const Numbers whole = sent(s, set, serial, 0, s.size),
+                  packed = merged(set, {whole}, s.channels);
     const Numbers sums = summed(s, set, serial);
     if (first.empty()) first = packed, first_sums = sums, take_bits(packed), take_bits(sums);
     check(right(s, packed, sums), "sums", set.name);
@@ -143,7 +147,7 @@ int main(int argc, char** argv) {
   const int cases = argc > 2 ? std::atoi(argv[2]) : 150;
   int failed = 0;
   for (int number = 0; number < cases; ++number) failed += syncbn::test::failures(seed, number);
-  std::printf("samples: seed %llu, %d cases, %d failed, bits %08x\n", (unsigned long long)seed, cases, failed,
-              syncbn::test::bits);
+  std::printf("samples: seed %llu, %d cases, %d failed, bits %08x\n", (unsigned long long)seed,
+              cases, failed, syncbn::test::bits);
   return failed ? 1 : 0;
 }
