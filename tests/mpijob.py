@@ -108,7 +108,8 @@ class Rank:
         end(self.job)
 
     def join(self, timeout: float | None = None) -> None:
-        self.job.wait(timeout)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.job.wait(timeout)
 
 
 class Job(World):

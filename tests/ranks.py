@@ -8,7 +8,6 @@ traceback, and the world is replaced by a fresh one.
 from __future__ import annotations
 
 import faulthandler
-import multiprocessing
 import os
 import signal
 import tempfile
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import cloudpickle
+from processes import CONTEXT
 
 GRACE = 5.0  # seconds that the other ranks get after the first failure
 
@@ -34,11 +34,10 @@ class World:
     def __init__(self, size: int) -> None:
         self.size = size
         self._folder = tempfile.TemporaryDirectory(prefix="syncbn-ranks-")
-        context = multiprocessing.get_context("spawn")
         self._processes, self._connections = [], []
         for rank in range(size):
-            ours, theirs = context.Pipe()
-            process = context.Process(
+            ours, theirs = CONTEXT.Pipe()
+            process = CONTEXT.Process(
                 target=_serve, args=(rank, size, theirs, self._folder.name), daemon=True
             )
             process.start()
@@ -63,6 +62,8 @@ class World:
         if len(answers) == self.size and all(good for good, _ in answers.values()):
             return [answers[rank][1] for rank in range(self.size)]
         report = [self._describe(rank, answers, timeout) for rank in range(self.size)]
+        for process in self._processes:
+            process.kill()
         self.close()
         raise RankFailure("\n".join(report))
 
@@ -71,9 +72,12 @@ class World:
         return all(process.is_alive() for process in self._processes)
 
     def close(self) -> None:
+        """The ranks end by themselves, as their connections do; who doesn't is killed."""
+        for connection in self._connections:
+            connection.close()
         for process in self._processes:
+            process.join(GRACE)
             process.kill()
-        for process in self._processes:
             process.join()
         self._folder.cleanup()
 

@@ -1,16 +1,14 @@
-"""Runs scripts in processes of their own, forked from one that has imported torch."""
+"""Runs scripts in processes of their own."""
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import runpy
 import socket
 import warnings
 from pathlib import Path
 
-CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["torch.distributed.nn", "syncbn"])
+from processes import CONTEXT
 
 
 def run_script(path: Path, ranks: int = 1, timeout: float = 120) -> None:
