@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 from contract import CHECKS, check_interleaved
 from in_threads import in_threads
+from scripts import execute
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 import syncbn
@@ -53,39 +54,23 @@ def test_two_communicators_interleave(ranks):
 
 def test_a_peer_that_is_gone_ends_the_call(tmp_path):
     """Two processes of their own: one leaves between two collectives."""
-    import subprocess
-    import sys
-
     program = """
-import sys, torch, torch.distributed as dist, syncbn
-rank, store = int(sys.argv[1]), sys.argv[2]
+import os, sys, torch, torch.distributed as dist, syncbn
+rank, store = int(os.environ["RANK"]), sys.argv[1]
 dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
 comm = syncbn.comm.resolve(None)
 comm.all_gather(torch.ones(3))
 if rank == 1:
-    import os; os._exit(0)
+    os._exit(0)
 try:
     comm.all_gather(torch.ones(3))
 except RuntimeError as error:
     print("ended", error, type(error.__cause__).__name__, flush=True)
-    import os; os._exit(0)
+    os._exit(0)
 """
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", program, str(rank), str(tmp_path / "store")],
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        for rank in (0, 1)
-    ]
-    try:
-        said = processes[0].communicate(timeout=60)[0]
-        assert "ended ProcessGroup: all_gather failed on rank 0 of 2 (gloo): " in said
-        assert "syncbn.until_all_done(loader) RuntimeError" in said
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
+    stays, _ = execute(program, str(tmp_path / "store"), ranks=2)
+    assert "ended ProcessGroup: all_gather failed on rank 0 of 2 (gloo): " in stays.stdout, stays
+    assert "syncbn.until_all_done(loader) RuntimeError" in stays.stdout
 
 
 def test_what_process_group_may_be(ranks):

@@ -1,10 +1,9 @@
 """Process groups that a layer cannot use are refused; groups of one rank work until destroyed."""
 
 import json
-import subprocess
-import sys
 
 import pytest
+from scripts import execute
 
 PROGRAM = """
 import json, sys
@@ -58,14 +57,8 @@ print(json.dumps(answers))
 @pytest.fixture(scope="module")
 def answers(tmp_path_factory):
     """What layers with torch's groups answer, in a process of its own with a group of one."""
-    command = [
-        sys.executable,
-        "-c",
-        PROGRAM,
-        str(tmp_path_factory.mktemp("group")),
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == 0, done.stderr
+    (done,) = execute(PROGRAM, str(tmp_path_factory.mktemp("group")))
+    assert done.code == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 
 

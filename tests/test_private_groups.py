@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import datetime
 import gc
-import subprocess
-import sys
 import threading
 import time
 import weakref
@@ -13,6 +11,7 @@ import weakref
 import pytest
 import torch
 import torch.distributed as dist
+from scripts import execute
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -228,13 +227,13 @@ def test_a_clone_is_freed_with_its_group(ranks):
 
 
 BEGIN = """
-import datetime, os, sys, time, torch, torch.distributed as dist, syncbn
-rank, folder = int(sys.argv[1]), sys.argv[2]
+import datetime, os, sys, torch, torch.distributed as dist, syncbn
+rank, folder = int(os.environ["RANK"]), sys.argv[1]
 
 def start(number):
     dist.init_process_group(
         "gloo", init_method=f"file://{folder}/store{number}", rank=rank, world_size=2,
-        timeout=datetime.timedelta(seconds=float(sys.argv[3])),
+        timeout=datetime.timedelta(seconds=60),
     )
 
 start(1)
@@ -264,31 +263,17 @@ dist.destroy_process_group()
 
 
 def test_after_destroy_and_initialisation(tmp_path):
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", BEGIN + PROGRAM, str(rank), str(tmp_path), "60"],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in (0, 1)
-    ]
-    try:
-        for process in processes:
-            said = process.communicate(timeout=120)[0].splitlines()
-            assert said[0] == "[0.5, 0.5] [0.5, 0.5]", said
-            assert said[1] == "[0.5, 0.5]", said
-            for refused in said[2:4]:
-                assert refused.startswith(
-                    "process_group: got a torch.distributed group of 2 ranks that was destroyed; "
-                    "make it anew after torch.distributed.init_process_group"
-                ), said
-            assert said[4].endswith("group_size=unavailable)"), said
-            assert said[5] == "[0.5, 0.5]", said
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
+    for ended in execute(BEGIN + PROGRAM, str(tmp_path), ranks=2):
+        said = ended.stdout.splitlines()
+        assert said[0] == "[0.5, 0.5] [0.5, 0.5]", ended
+        assert said[1] == "[0.5, 0.5]", said
+        for refused in said[2:4]:
+            assert refused.startswith(
+                "process_group: got a torch.distributed group of 2 ranks that was destroyed; "
+                "make it anew after torch.distributed.init_process_group"
+            ), said
+        assert said[4].endswith("group_size=unavailable)"), said
+        assert said[5] == "[0.5, 0.5]", said
 
 
 def test_what_was_never_sent_is_nobody_elses_fault(ranks):
@@ -344,13 +329,16 @@ def test_threads_may_begin_with_other_groups_on_each_rank(ranks):
 
 PROGRAMS = {
     "missing": """
+store = dist.distributed_c10d._get_default_store()
+dist.distributed_c10d._set_pg_timeout(datetime.timedelta(seconds=1))
 if rank == 1:
-    time.sleep(9)
+    store.wait(["said"], datetime.timedelta(seconds=60))
     os._exit(0)
 try:
     syncbn.SyncBatchNorm1d(2)(torch.randn(2, 2))
 except RuntimeError as error:
     print(error, flush=True)
+store.set("said", "")
 os._exit(0)
 """,
     "graph": """
@@ -380,21 +368,6 @@ SAYS = {
 
 @pytest.mark.parametrize("program", PROGRAMS)
 def test_what_is_said_of_peers_and_groups_that_are_gone(tmp_path, program):
-    seconds = "5" if program == "missing" else "60"
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", BEGIN + PROGRAMS[program], str(rank), str(tmp_path), seconds],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in (0, 1)
-    ]
-    try:
-        heard = [process.communicate(timeout=100)[0] for process in processes]
-        for rank, texts in SAYS[program].items():
-            assert all(text in heard[rank] for text in texts), heard
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
+    heard = execute(BEGIN + PROGRAMS[program], str(tmp_path), ranks=2)
+    for rank, texts in SAYS[program].items():
+        assert all(text in heard[rank].stdout for text in texts), heard

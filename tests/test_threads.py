@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 import random
-import subprocess
-import sys
 import threading
 import time
 
@@ -14,6 +12,7 @@ import pytest
 import torch
 from contract import check_interleaved
 from in_threads import in_threads, outcomes, share
+from scripts import execute
 from torch import nn
 
 import syncbn
@@ -184,8 +183,6 @@ ranks = [threading.Thread(target=run) for _ in range(8)]
 [rank.start() for rank in ranks], [rank.join() for rank in ranks]
 assert not failed, failed
 """
-    result = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False
-    )
-    assert result.returncode == 0, result.stderr
+    (result,) = execute(program)
+    assert result.code == 0, result.stderr
     assert "Overriding" not in result.stderr
