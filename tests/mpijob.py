@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 from ranks import GRACE, World, serve
+from scripts import Ended
 
 START = 120.0  # seconds that ranks may take to import torch, on a busy machine
 # Variables of a job around the tests would make mpiexec take part in it.
@@ -68,15 +69,6 @@ def end(job: subprocess.Popen[str]) -> None:
     except subprocess.TimeoutExpired:
         job.kill()
         job.wait()
-
-
-@dataclass(frozen=True)
-class Ended:
-    """How a job ended, and what its ranks said."""
-
-    code: int
-    stdout: str
-    stderr: str
 
 
 def execute(size: int, *arguments: str, timeout: float = 80) -> Ended:
@@ -157,6 +149,8 @@ def _answer(folder: str) -> None:
     connection = Client(str(Path(folder, "socket")), "AF_UNIX")
     connection.send((rank, os.getpid()))
     serve(rank, connection, folder)
+    MPI.Finalize()
+    os._exit(0)  # without an interpreter's end, a second of each: as multiprocessing's children
 
 
 if __name__ == "__main__":
