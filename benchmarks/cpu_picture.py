@@ -104,7 +104,7 @@ def finding(rows: list[dict[str, Any]]) -> str:
 
 
 def environment(what: str) -> str:
-    kernels = syncbn.kernels.serving(torch.empty(1, 1)).NAME
+    kernels = syncbn.kernels.select_kernels(torch.empty(1, 1)).steps.NAME
     versions = f"torch {torch.__version__}, syncbn {syncbn.__version__} ({kernels} kernels)"
     machine = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
     return f"{what}; {versions}, Python {platform.python_version()}, {machine}"

@@ -8,7 +8,6 @@ import time
 
 import pytest
 import torch
-from layers import Pair
 from replicas import CPUS, images, nested
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -276,31 +275,11 @@ def test_a_module_that_cannot_be_copied():
         syncbn.DataParallel(compiled, CPUS)(torch.ones(3, 2))
 
 
-def test_a_layer_with_a_group_of_its_own():
-    model = nn.Sequential(syncbn.SyncBatchNorm1d(2, process_group=Pair()))
-    for devices in (CPUS, ["cpu"]):
-        with pytest.raises(RuntimeError, match="got 0 with a group of 2 ranks; use Distributed"):
-            syncbn.DataParallel(model, devices)(numbered())
-    syncbn.DataParallel(model, CPUS).eval()(numbered())
-    model[0].process_group = LOCAL
-    y = syncbn.DataParallel(model.train(), CPUS)(numbered())
+def test_a_layer_that_is_told_to_be_alone():
+    """Within a DataParallel its replicas are one device nevertheless."""
+    model = nn.Sequential(syncbn.SyncBatchNorm1d(2, process_group=LOCAL))
+    y = syncbn.DataParallel(model, CPUS)(numbered())
     torch.testing.assert_close(y, nn.BatchNorm1d(2)(numbered()))
-
-
-def test_a_process_that_is_one_of_several_ranks(ranks):
-    def refused(rank):
-        model = syncbn.DataParallel(syncbn.SyncBatchNorm1d(2), ["cpu"] * 2)
-        with pytest.raises(RuntimeError, match="group of 2 ranks"):
-            model(torch.ones(4, 2))
-
-        class Function(nn.Module):
-            def forward(self, x):
-                return syncbn.sync_batch_norm(x, None, None)
-
-        with pytest.raises(RuntimeError, match="got sync_batch_norm with a group of 2 ranks"):
-            syncbn.DataParallel(Function(), ["cpu"] * 2)(torch.ones(4, 2))
-
-    ranks(2, refused)
 
 
 def test_one_inside_another():

@@ -8,11 +8,14 @@ import torch
 from cases import Case, laid_out, layouts, strides
 
 from syncbn import kernels
-from syncbn.kernels import composite, native
+from syncbn.kernels import Affine, Running, Statistics, composite, native
 from syncbn.numerics.moments import unpack
-from syncbn.tensors.layout import samples_apart
+from syncbn.tensors.layout import samplewise_contiguous
 
-IMPLEMENTATIONS = [composite, *([native] if native.available() else [])]
+IMPLEMENTATIONS = [k.steps for k in kernels.IMPLEMENTATIONS if not k.steps.unavailable()]
+WITH_SAMPLES = [
+    k.steps for k in kernels.IMPLEMENTATIONS if k.samples and k.steps in IMPLEMENTATIONS
+]
 SHAPES = [(7, 3), (1, 5, 9), (6, 4, 5, 3), (2, 3, 4, 3, 2), (64, 1, 33, 17)]
 
 
@@ -21,18 +24,21 @@ def implementation(request):
     return request.param
 
 
+each_with_samples = pytest.mark.parametrize("k", WITH_SAMPLES, ids=lambda module: module.NAME)
+
+
 def whole_step(k, x, dy, weight, bias, pieces=1, eps=1e-5):
     """Forward and backward over ``pieces`` sets that are together the batch."""
     xs, dys = x.tensor_split(pieces), dy.tensor_split(pieces)
     sets = torch.stack([k.measure(piece) for piece in xs])
-    forward = [k.normalise(piece, sets, weight, bias, None, None, None, 0.1, eps) for piece in xs]
-    _, mean, invstd, count = forward[0]
-    sums = sum(k.gradient_sums(d, p, mean, invstd) for d, p in zip(dys, xs, strict=True))
+    forward = [k.normalise(piece, sets, affine=Affine(weight, bias), eps=eps) for piece in xs]
+    found = forward[0][1]
+    sums = sum(k.gradient_sums(d, p, found) for d, p in zip(dys, xs, strict=True))
     dxs = [
-        k.input_gradient(d, p, weight, mean, invstd, sums, count)
+        k.input_gradient(d, p, weight=weight, statistics=found, sums=sums)
         for d, p in zip(dys, xs, strict=True)
     ]
-    return torch.cat([y for y, *_ in forward]), torch.cat(dxs), sums, mean, invstd
+    return torch.cat([y for y, _ in forward]), torch.cat(dxs), sums, found.mean, found.invstd
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -96,9 +102,7 @@ def test_statistics_at_a_mean_far_from_zero(implementation, ratio, layout):
 def test_many_samples_of_few_values(implementation, shape, layout, offset):
     """Sums over the batch must not lose what sums over an image keep."""
     x = laid_out(torch.randn(shape) + offset, layout)
-    y, *_ = implementation.normalise(
-        x, implementation.measure(x).unsqueeze(0), None, None, None, None, None, 0.1, 1e-5
-    )
+    y, _ = implementation.normalise(x, implementation.measure(x).unsqueeze(0), eps=1e-5)
     oracle.assert_close(y, oracle.batch_norm(x, x).y)
 
 
@@ -111,8 +115,9 @@ def test_sums_over_the_batch_are_wide(implementation, shape, layout):
     half = torch.randint(-500, 500, shape).float()
     x = laid_out(torch.cat((half, -half)), layout)
     dy = laid_out(torch.randint(0, 4096, x.shape).float(), layout)
-    _, mean, m2 = unpack(implementation.measure(x))
-    sums = implementation.gradient_sums(dy, x, mean, torch.ones_like(mean))
+    count, mean, m2 = unpack(implementation.measure(x))
+    statistics = Statistics(mean, torch.ones_like(mean), count)
+    sums = implementation.gradient_sums(dy, x, statistics)
     room = 1e-14 if implementation is composite else 1e-6
     exact = {"rtol": room, "atol": 0}
     others = (0, *range(2, x.dim()))
@@ -135,7 +140,8 @@ def test_running_statistics_move_in_their_own_dtype(implementation):
     for dtype in (torch.float64, torch.float32, torch.bfloat16):
         mean, var = torch.full((3,), 0.5, dtype=dtype), torch.full((3,), 2.0, dtype=dtype)
         sets = implementation.measure(x).unsqueeze(0)
-        implementation.normalise(x, sets, None, None, mean, var, None, 0.25, 1e-5)
+        running = Running(mean, var, None, 0.25)
+        implementation.normalise(x, sets, running=running, eps=1e-5)
         expected = oracle.batch_norm(x, x).running(0.5, 2.0, 0.25)
         oracle.assert_close(
             mean, expected[0], dtype=max(dtype, torch.float32, key=oracle.TOLERANCE.get)
@@ -149,7 +155,8 @@ def test_running_statistics_stay_when_every_set_is_empty(implementation):
     x = torch.empty(0, 3, 4)
     mean, var = torch.full((3,), 0.5), torch.full((3,), 2.0)
     sets = implementation.measure(x).expand(2, 7)
-    y, *_ = implementation.normalise(x, sets, None, None, mean, var, None, 0.1, 1e-5)
+    running = Running(mean, var, None, 0.1)
+    y, _ = implementation.normalise(x, sets, running=running, eps=1e-5)
     assert y.shape == x.shape
     assert mean.tolist() == [0.5] * 3
     assert var.tolist() == [2.0] * 3
@@ -159,11 +166,9 @@ def test_running_statistics_stay_when_every_set_is_empty(implementation):
 def test_layout_of_output_and_gradient_is_the_inputs(implementation, layout):
     x = laid_out(torch.randn(4, 3, 5, 6), layout)
     dy = torch.randn(4, 1, 1, 1).expand(4, 3, 5, 6)
-    y, mean, invstd, count = implementation.normalise(
-        x, implementation.measure(x).unsqueeze(0), None, None, None, None, None, 0.1, 1e-5
-    )
-    sums = implementation.gradient_sums(dy, x, mean, invstd)
-    dx = implementation.input_gradient(dy, x, None, mean, invstd, sums, count)
+    y, found = implementation.normalise(x, implementation.measure(x).unsqueeze(0), eps=1e-5)
+    sums = implementation.gradient_sums(dy, x, found)
+    dx = implementation.input_gradient(dy, x, weight=None, statistics=found, sums=sums)
     assert strides(y) == strides(dx) == strides(torch.empty_like(x))
 
 
@@ -174,7 +179,7 @@ def test_the_specification_is_differentiable_twice():
 
     def forward(x, weight, bias):
         sets = composite.measure(x).unsqueeze(0)
-        return composite.normalise(x, sets, weight, bias, None, None, None, 0.1, 1e-3)[0]
+        return composite.normalise(x, sets, affine=Affine(weight, bias), eps=1e-3)[0]
 
     x = torch.randn(4, 2, 3, dtype=torch.float64)
     inputs = [t.requires_grad_() for t in (x, weight, bias)]
@@ -189,7 +194,7 @@ def test_devices_without_float64_keep_statistics_in_float32():
 
 def test_the_composite_serves_every_device():
     for device in ("cpu", "cuda", "xpu", "mps", "meta"):
-        assert kernels.serving(torch.device(device)).NAME == "composite"
+        assert kernels.select_kernels(torch.device(device)).steps.NAME == "composite"
 
 
 @pytest.mark.parametrize("dtype", list(oracle.TOLERANCE), ids=str)
@@ -204,14 +209,13 @@ def test_the_composite_serves_every_device():
         ("batch_inside", "strided"),
     ],
 )
-def test_samples_are_added_up_to_the_whole(
-    implementation, dtype, lengths, offset, x_layout, dy_layout
-):
+@each_with_samples
+def test_samples_are_added_up_to_the_whole(k, dtype, lengths, offset, x_layout, dy_layout):
     case = Case(split=(6,), channels=150, spatial=(3, 5), dtype=dtype, offset=offset)
     x, dy, *_ = case.batch()
-    x, dy = samples_apart(laid_out(x, x_layout)), samples_apart(laid_out(dy, dy_layout))
+    x = samplewise_contiguous(laid_out(x, x_layout))
+    dy = samplewise_contiguous(laid_out(dy, dy_layout))
     lengths = None if lengths is None else torch.tensor(lengths)
-    k = implementation
     received = torch.stack([k.measure_samples(x, lengths), k.measure_samples(x[:0], None)])
     moments = k.merge_samples(received)
     count, mean, m2 = unpack(moments[0])
@@ -220,8 +224,8 @@ def test_samples_are_added_up_to_the_whole(
     wide = {"dtype": torch.float64 if dtype == torch.float64 else torch.float32}
     oracle.assert_close(mean, expected.mean, **wide)
     oracle.assert_close(m2 / count, expected.var, **wide, factor=room)
-    _, mean, invstd, _ = k.normalise(x, moments, *(None,) * 5, 0.1, 1e-5)
-    represented = k.gradient_sums_samples(dy, x, mean, invstd, lengths).unsqueeze(0)
+    _, found = k.normalise(x, moments, eps=1e-5)
+    represented = k.gradient_sums_samples(dy, x, found, lengths).unsqueeze(0)
     sums = k.total_samples(represented)
     oracle.assert_close(sums[0], expected.dbias, **wide, factor=10)
     oracle.assert_close(sums[1], expected.dweight, **wide, factor=10 * room)
@@ -230,36 +234,40 @@ def test_samples_are_added_up_to_the_whole(
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_samples_of_rows_in_any_place(implementation, dtype):
+@each_with_samples
+def test_samples_of_rows_in_any_place(k, dtype):
     """Rows with gaps, columns apart, a gradient laid out otherwise; lengths that leave none out."""
     x, dy = torch.randn(2, 12, 5, dtype=dtype)
     wide = torch.empty(12, 10, 3, dtype=dtype)[:, ::2, 0].copy_(x)
-    lengths, k = torch.tensor([5, 0, 1, 6]), implementation
-    mean, invstd = torch.randn(5, dtype=torch.float64), torch.rand(5, dtype=torch.float64)
+    lengths = torch.tensor([5, 0, 1, 6])
+    found = Statistics(*torch.rand(2, 5, dtype=torch.float64), count=torch.tensor(12.0))
     close = {"rtol": 1e-5, "atol": 1e-5}
-    for place in map(samples_apart, (x, wide)):
+    for place in map(samplewise_contiguous, (x, wide)):
         moments = k.merge_samples(k.measure_samples(place, lengths)[None])
         torch.testing.assert_close(moments[0], k.measure(x), **close)
         for gradient in (dy, dy.t().contiguous().t(), dy[:1].expand(12, 5)):
-            apart = samples_apart(gradient)
-            sent = k.gradient_sums_samples(apart, place, mean, invstd, lengths)
-            expected = k.gradient_sums(gradient.contiguous(), x, mean, invstd)
+            apart = samplewise_contiguous(gradient)
+            sent = k.gradient_sums_samples(apart, place, found, lengths)
+            expected = k.gradient_sums(gradient.contiguous(), x, found)
             torch.testing.assert_close(k.total_samples(sent[None]), expected, **close)
 
 
 @pytest.mark.parametrize("layout", ["strided", "transposed", "batch_inside"])
-def test_samples_that_do_not_lie_apart_are_refused(implementation, layout):
+@each_with_samples
+def test_samples_that_do_not_lie_apart_are_refused(k, layout):
     """Their bits might depend on how many there are."""
     x = torch.randn(4, 3, 5, 6)
-    other, k, statistics = laid_out(x, layout), implementation, torch.rand(2, 3).double()
-    words = r"expected samples that lie one after the other without gaps, got strides \(.*apart\(\)"
+    other = laid_out(x, layout)
+    found = Statistics(*torch.rand(2, 3).double(), count=torch.tensor(120.0))
+    words = r"expected samples that lie one after the other without gaps, got strides \(.*"
+    words += r"samplewise_contiguous\(\)"
     with pytest.raises(ValueError, match="measure_samples: " + words):
         k.measure_samples(other, None)
     for pair in ((x, other), (other, x)):
         with pytest.raises(ValueError, match="gradient_sums_samples: " + words):
-            k.gradient_sums_samples(*pair, *statistics, None)
-    assert torch.equal(samples_apart(other), x)
-    k.measure_samples(samples_apart(other), None)
+            k.gradient_sums_samples(*pair, found, None)
+    assert torch.equal(samplewise_contiguous(other), x)
+    k.measure_samples(samplewise_contiguous(other), None)
 
 
 @pytest.mark.skipif(not native.available(), reason="needs the compiled operators")
@@ -277,10 +285,10 @@ def test_represented_samples_are_the_same_bits_everywhere():
     x[1, 4] = float("nan")
     x[:, 5] = 0
     x[:, 6] = 1e200  # whose squares are infinite
-    sent = [k.measure_samples(x, None) for k in IMPLEMENTATIONS]
+    sent = [k.measure_samples(x, None) for k in WITH_SAMPLES]
     finite = [part[1:].view(2, 6, 200)[..., 7:] for part in sent]
     assert torch.equal(*finite)
-    merged = [k.merge_samples(part[None]) for k, part in zip(IMPLEMENTATIONS, sent, strict=True)]
+    merged = [k.merge_samples(part[None]) for k, part in zip(WITH_SAMPLES, sent, strict=True)]
     assert torch.equal(*(part.nan_to_num(7e7, 7e7) for part in merged))
     mean, m2 = merged[0][0, 1:].view(2, 200)
     assert m2[3:5].isnan().all()

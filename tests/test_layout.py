@@ -53,7 +53,7 @@ PATHS = {
 @pytest.fixture(params=["composite", "default"])
 def chosen(request, monkeypatch):
     if request.param == "composite":
-        monkeypatch.setattr(kernels, "_choice", composite.NAME)
+        monkeypatch.setattr(kernels, "_usable", {composite.NAME})
 
 
 @pytest.mark.usefixtures("chosen")
@@ -70,7 +70,7 @@ def test_every_order_is_kept(path, keep_graph):
 @pytest.mark.parametrize("training", [True, False])
 def test_values_of_torchs_operator_to_the_bit(training, monkeypatch):
     """Where it serves, its results are moved, not computed in another order."""
-    monkeypatch.setattr(kernels, "_choice", composite.NAME)
+    monkeypatch.setattr(kernels, "_usable", {composite.NAME})
     dy = torch.randn(SHAPE)
     for like in INPUTS:
         ours, torchs = syncbn.SyncBatchNorm2d(3), torch.nn.BatchNorm2d(3)
@@ -95,9 +95,9 @@ def test_usual_layouts_cost_no_copy(monkeypatch):
         raise AssertionError("moved")
 
     monkeypatch.setattr("syncbn.tensors.layout.laid", moved)
-    for room in ("tensors.layout", "layers.functional"):
+    for room in ("tensors.layout", "step.dispatch"):
         monkeypatch.setattr(f"syncbn.{room}.with_gradient_like", moved)
-    monkeypatch.setattr(kernels, "_choice", composite.NAME)
+    monkeypatch.setattr(kernels, "_usable", {composite.NAME})
     for x in (torch.randn(SHAPE), torch.randn(SHAPE).to(memory_format=torch.channels_last)):
         for layer in (PATHS["training"](), PATHS["eval"](), PATHS["reproducible ranks"]()):
             assert layer(x).stride() == x.stride()

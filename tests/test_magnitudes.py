@@ -292,6 +292,7 @@ def test_infinite_sets_follow_the_formula(k, name, dtype, momentum, pieces):
     x, old = odd_batch(name, dtype, 0)
     sets = [k.measure(piece) for piece in (*x.tensor_split(pieces), x[:0])]
     mean, var = (o.clone() for o in old)
-    y, _, invstd, _ = k.normalise(x, torch.stack(sets), None, None, mean, var, None, momentum, 1e-5)
-    assert invstd[0].isnan()
+    running = composite.Running(mean, var, None, momentum)
+    y, found = k.normalise(x, torch.stack(sets), running=running, eps=1e-5)
+    assert found.invstd[0].isnan()
     assert_follows((mean, var, y, y), x, old, momentum)

@@ -105,11 +105,12 @@ def test_operators_pass_opcheck(shape):
     ops = torch.ops.syncbn
     running = [torch.zeros(shape[1]), torch.ones(shape[1]), torch.tensor(0)]
     sets = native.measure(x).unsqueeze(0)
-    _, mean, invstd, count = native.normalise(x, sets, None, None, None, None, None, 0.1, 1e-5)
-    sums = native.gradient_sums(x, x, mean, invstd)
+    _, statistics = native.normalise(x, sets, eps=1e-5)
+    mean, invstd, count = statistics
+    sums = native.gradient_sums(x, x, statistics)
     weight = torch.rand(shape[1])
     received = native.measure_samples(x, None).expand(2, -1).contiguous()
-    totals = native.gradient_sums_samples(x, x, mean, invstd, None).expand(2, -1, -1).contiguous()
+    totals = native.gradient_sums_samples(x, x, statistics, None).expand(2, -1, -1).contiguous()
     for op, args in (
         (ops.measure, (x,)),
         (ops.normalise, (x, sets, weight, None, *running, 0.1, 1e-5)),
@@ -149,7 +150,11 @@ def test_indices_go_past_two_to_the_31():
     torch.testing.assert_close(mean[0] * count, torch.tensor(32.0, dtype=torch.float64))
 
 
-WHICH = "import torch; from syncbn import kernels; print(kernels.serving(torch.ones(2, 2)).NAME)"
+WHICH = """
+import torch
+from syncbn import kernels
+print(kernels.select_kernels(torch.ones(2, 2)).steps.NAME)
+"""
 
 
 def test_the_environment_chooses():
@@ -165,7 +170,7 @@ def test_the_environment_chooses():
 
 
 def test_other_tensors_are_served_by_the_composite():
-    assert kernels.serving(torch.empty(2, 2, device="meta")).NAME == "composite"
+    assert kernels.select_kernels(torch.empty(2, 2, device="meta")).steps.NAME == "composite"
 
 
 @needs_native

@@ -25,7 +25,7 @@ def wide(channels=3, **options):
 def implementation(request, monkeypatch):
     if request.param == "native" and not kernels.native.available():
         pytest.skip(kernels.native.unavailable())
-    monkeypatch.setattr(kernels, "_choice", request.param)
+    monkeypatch.setattr(kernels, "_usable", {request.param, "composite"})
 
 
 def dtypes(layer):

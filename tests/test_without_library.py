@@ -29,7 +29,7 @@ def warned(monkeypatch, tmp_path):
     monkeypatch.setattr(native, "LIBRARY", tmp_path / "libsyncbn.so")
     monkeypatch.setattr(native, "WHY_NOT", tmp_path / "libsyncbn.txt")
     monkeypatch.setattr(native, "_load", native._load.__wrapped__)
-    monkeypatch.setattr(kernels, "_choice", None)
+    monkeypatch.setattr(kernels, "_usable", None)
     monkeypatch.setattr(kernels, "_unsaid", threading.Lock())
     monkeypatch.delenv(kernels.VARIABLE, raising=False)
     with warnings.catch_warnings(record=True) as caught:

@@ -31,7 +31,7 @@ from .models.convert import convert, revert
 from .models.data_parallel import DataParallel
 from .models.masking import masking
 from .models.registry import register_conversion
-from .step.masks import mask_from_lengths
+from .step.masked import mask_from_lengths
 
 __all__ = [
     "DataParallel",

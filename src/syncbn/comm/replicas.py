@@ -20,7 +20,7 @@ from torch import Tensor
 from torch._utils import ExceptionWrapper
 
 from ..tensors.recomputation import recompute_here, recomputing
-from .base import Communicator
+from .base import Communicator, Local
 
 T = TypeVar("T")
 _thread = threading.local()
@@ -145,10 +145,20 @@ class Crew:
 
 
 class Replica(Communicator):
-    """One replica's place in its crew, at one layer."""
+    """One replica's place in its crew, at one layer.
 
-    def __init__(self, crew: Crew, rank: int, layer: str = "sync_batch_norm") -> None:
+    outer: ranks of which each has replicas of its own, at the same layer.
+    """
+
+    def __init__(
+        self,
+        crew: Crew,
+        rank: int,
+        layer: str = "sync_batch_norm",
+        outer: Communicator | None = None,
+    ) -> None:
         self._crew, self._rank, self._layer = crew, rank, layer
+        self.outer = outer or Local()
 
     @property
     def rank(self) -> int:
@@ -157,6 +167,10 @@ class Replica(Communicator):
     @property
     def size(self) -> int:
         return len(self._crew.names)
+
+    def over(self, outer: Communicator) -> Replica:
+        """The same place, among the replicas of all ranks of ``outer``."""
+        return Replica(self._crew, self._rank, self._layer, outer)
 
     def meet(self, value: Any, together: Callable[[list[Any]], Sequence[Any]]) -> Any:
         """This replica's share of ``together(values of all replicas, in order)``.
@@ -192,15 +206,6 @@ def current_replica() -> Replica | None:
     """The replica whose forward this thread runs."""
     replica: Replica | None = getattr(_thread, "replica", None)
     return replica
-
-
-def refused_group(what: str, size: int) -> str:
-    """Why replicas cannot be synchronised over a group of ``size`` ranks as well."""
-    return (
-        f"DataParallel: expected layers without a group, whose replicas in this process are to be "
-        f"synchronised, got {what} with a group of {size} ranks; use DistributedDataParallel with "
-        "one process per device"
-    )
 
 
 class _Arrival(NamedTuple):

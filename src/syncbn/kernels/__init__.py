@@ -1,9 +1,8 @@
-"""Arithmetic on one device: four operators, and which implementation serves which tensor.
+"""Arithmetic on one device: the implementations, and which of them serves a tensor.
 
-A kernel knows nothing of ranks: it sees one tensor, and packed moments of some sets of values.
-To add one, write a module with the four functions of :class:`Kernels`, let :func:`serving` return
-it where it is the better choice, and add it to the list in tests/test_kernels.py, which holds it
-to the specification, :mod:`syncbn.kernels.composite`.
+To add one, write a module with the functions of :class:`~syncbn.kernels.interface.Kernels` and put
+it in :data:`IMPLEMENTATIONS`: selection, ``syncbn info``, ``SYNCBN_KERNELS`` and the tests, which
+hold it to the specification, :mod:`syncbn.kernels.composite`, read that tuple.
 """
 
 from __future__ import annotations
@@ -11,125 +10,112 @@ from __future__ import annotations
 import os
 import threading
 import warnings
-from typing import Protocol, cast
 
 import torch
 from torch import Tensor
 
 from . import composite, native
+from .interface import Affine, Fused, Implementation, Kernels, Running, SampleKernels, Statistics
+
+__all__ = [
+    "IMPLEMENTATIONS",
+    "VARIABLE",
+    "Affine",
+    "Fused",
+    "Implementation",
+    "Kernels",
+    "Running",
+    "SampleKernels",
+    "Statistics",
+    "composite",
+    "describe",
+    "native",
+    "select_kernels",
+]
 
 VARIABLE = "SYNCBN_KERNELS"
-_choice: str | None = None
+COMPOSITE = Implementation(composite, samples=composite)
+IMPLEMENTATIONS = (  # the first that supports a tensor serves it; the last one supports all
+    Implementation(
+        native,
+        samples=native,
+        fused=native,
+        missed="syncbn trains tensors on the CPU with plain torch operations, which are slower "
+        "than its compiled ones",
+    ),
+    COMPOSITE,
+)
+_usable: frozenset[str] | None = None  # names; when first asked
 
 
-class Kernels(Protocol):
-    """What a module of kernels provides; formulas and shapes stand in composite.py."""
+def select_kernels(x: Tensor) -> Implementation:
+    """The implementation that serves x, which is asked in training only.
 
-    NAME: str
-
-    def measure(self, x: Tensor) -> Tensor: ...
-
-    def normalise(
-        self,
-        x: Tensor,
-        sets: Tensor,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        running_mean: Tensor | None,
-        running_var: Tensor | None,
-        num_batches_tracked: Tensor | None,
-        momentum: float | None,
-        eps: float,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]: ...
-
-    def gradient_sums(self, dy: Tensor, x: Tensor, mean: Tensor, invstd: Tensor) -> Tensor: ...
-
-    def input_gradient(
-        self,
-        dy: Tensor,
-        x: Tensor,
-        weight: Tensor | None,
-        mean: Tensor,
-        invstd: Tensor,
-        sums: Tensor,
-        count: Tensor,
-    ) -> Tensor: ...
-
-    # measure and gradient_sums, and how they merge, where no split of the batch may show
-    def measure_samples(self, x: Tensor, lengths: Tensor | None) -> Tensor: ...
-
-    def merge_samples(self, received: Tensor) -> Tensor: ...
-
-    def gradient_sums_samples(
-        self, dy: Tensor, x: Tensor, mean: Tensor, invstd: Tensor, lengths: Tensor | None
-    ) -> Tensor: ...
-
-    def total_samples(self, received: Tensor) -> Tensor: ...
-
-
-def serving(x: Tensor) -> Kernels:
-    """The kernels that serve x: the compiled ones where there are any for it, else composite."""
-    return cast(Kernels, native if native_serves(x) else composite)
+    The first time that a better one would, were it installed, a warning says so.
+    """
+    for implementation in IMPLEMENTATIONS:
+        if implementation.steps.supports(x):
+            if _is_usable(implementation.steps.NAME):
+                return implementation
+            if not torch.compiler.is_compiling():
+                _warn_once(implementation)
+    return COMPOSITE
 
 
 def describe() -> dict[str, str]:
     """Which kernels serve tensors on the CPU and on CUDA here, in words."""
-    chosen = _chosen()
-    if chosen == native.NAME:
-        more = native.instruction_set()
-    else:
-        more = native.unavailable() or f"{VARIABLE} says so"
-    return {"cpu": f"{chosen} ({more})", "cuda": composite.NAME}
+    return {device: _describe(device) for device in ("cpu", "cuda")}
 
 
-def native_serves(x: Tensor) -> bool:
-    """Whether the compiled operators serve x, which is asked in training only.
-
-    The first time that they would, were they here, a warning says so.
-    """
-    if not native.serves(x):
-        return False
-    if _chosen() == native.NAME:
-        return True
-    if not torch.compiler.is_compiling():
-        _warn_once()
-    return False
+def _describe(device: str) -> str:
+    reasons = []
+    for implementation in IMPLEMENTATIONS[:-1]:
+        steps = implementation.steps
+        if device in steps.DEVICES:
+            if _is_usable(steps.NAME):
+                return f"{steps.NAME} ({steps.describe()})"
+            reasons.append(steps.unavailable() or f"{VARIABLE} says so")
+    return f"{composite.NAME} ({'; '.join(reasons)})" if reasons else composite.NAME
 
 
 _unsaid = threading.Lock()  # who takes it warns; nobody gives it back
 
 
-def _warn_once() -> None:
+def _warn_once(implementation: Implementation) -> None:
     if not _unsaid.acquire(blocking=False) or os.environ.get(VARIABLE) == composite.NAME:
         return
-    if why := native.unavailable():
+    if why := implementation.steps.unavailable():
         warnings.warn(
-            "syncbn trains tensors on the CPU with plain torch operations, which are slower than "
-            f"its compiled ones: {why}. To do without a warning, set {VARIABLE}={composite.NAME}",
+            f"{implementation.missed}: {why}. To do without a warning, set "
+            f"{VARIABLE}={composite.NAME}",
             stacklevel=2,
         )
 
 
-def _chosen() -> str:
-    """The kernels for the CPU: what SYNCBN_KERNELS said when first asked, else the best."""
-    global _choice
-    if _choice is None:
-        _choice = _choose()
-    return _choice
-
-
-def _choose() -> str:
-    choice = os.environ.get(VARIABLE, "")
-    if choice not in ("", native.NAME, composite.NAME):
-        raise ValueError(
-            f"{VARIABLE}: expected {native.NAME} or {composite.NAME}, got {choice!r}; leave it "
-            "unset for the best available"
-        )
-    if choice == native.NAME and not native.available():
-        raise RuntimeError(f"{VARIABLE}: got {choice!r}, but {native.unavailable()}")
-    return choice or (native.NAME if native.available() else composite.NAME)
+def _is_usable(name: str) -> bool:
+    """Whether these kernels may serve: what SYNCBN_KERNELS said when first asked, else all."""
+    global _usable
+    if _usable is None:
+        _usable = _find_usable()
+    return name in _usable
 
 
 # torch.compile calls it while it traces and takes the answer for granted. This is what
 # torch.compiler.assume_constant_result does, which would import the compiler now.
-_chosen._dynamo_marked_constant = True  # type: ignore[attr-defined]
+_is_usable._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def _find_usable() -> frozenset[str]:
+    choice = os.environ.get(VARIABLE, "")
+    steps = {implementation.steps.NAME: implementation.steps for implementation in IMPLEMENTATIONS}
+    if choice not in ("", *steps):
+        *names, last = steps
+        raise ValueError(
+            f"{VARIABLE}: expected {', '.join(names)} or {last}, got {choice!r}; leave it "
+            "unset for the best available"
+        )
+    if choice:
+        if why := steps[choice].unavailable():
+            raise RuntimeError(f"{VARIABLE}: got {choice!r}, but {why}")
+        return frozenset((choice, composite.NAME))
+    return frozenset(name for name, each in steps.items() if each.unavailable() is None)

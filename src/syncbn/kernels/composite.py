@@ -13,11 +13,10 @@ The four steps together are a batch normalisation to read, and to hold others to
     >>> from syncbn.kernels import composite
     >>> (x, dy), (weight, bias) = torch.randn(2, 4, 3, 5), torch.randn(2, 3)
     >>> sets = composite.measure(x).unsqueeze(0)  # one row for each part of the batch
-    >>> y, mean, invstd, count = composite.normalise(
-    ...     x, sets, weight, bias, None, None, None, momentum=0.1, eps=1e-5
-    ... )
-    >>> dbias, dweight = sums = composite.gradient_sums(dy, x, mean, invstd)
-    >>> dx = composite.input_gradient(dy, x, weight, mean, invstd, sums, count)
+    >>> affine, running = composite.Affine(weight, bias), composite.Running()
+    >>> y, statistics = composite.normalise(x, sets, affine=affine, running=running, eps=1e-5)
+    >>> dbias, dweight = sums = composite.gradient_sums(dy, x, statistics)
+    >>> dx = composite.input_gradient(dy, x, weight=weight, statistics=statistics, sums=sums)
     >>> expected = torch.nn.functional.batch_norm(x, None, None, weight, bias, training=True)
     >>> torch.allclose(y, expected, atol=1e-5)
     True
@@ -33,8 +32,22 @@ from torch import Tensor
 from ..numerics import reproducible
 from ..numerics.moments import Moments, inverse_deviation, merge, unpack, wide_dtype
 from ..tensors.layout import check_samples
+from .interface import NO_AFFINE, NO_RUNNING, Affine, Running, Statistics
 
 NAME = "composite"
+DEVICES: tuple[str, ...] = ()  # for all that no other is made for
+
+
+def supports(x: Tensor) -> bool:
+    return True
+
+
+def unavailable() -> str | None:
+    return None
+
+
+def describe() -> str:
+    return "plain torch operations"
 
 
 def measure(x: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -62,36 +75,33 @@ def measure(x: Tensor, mask: Tensor | None = None) -> Tensor:
 def normalise(
     x: Tensor,
     sets: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    num_batches_tracked: Tensor | None,
-    momentum: float | None,
+    *,
+    affine: Affine = NO_AFFINE,
+    running: Running = NO_RUNNING,
     eps: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Statistics]:
     """y = (x − mean)·invstd·weight + bias with the moments of all sets together.
 
     x: (N, C, *); sets: (k, 1 + 2C) packed moments of k sets, x among them. The running statistics,
-    where given, become (1 − momentum)·old + momentum·new (None: 1 / num_batches_tracked), where new
-    are the mean and the unbiased variance; without a single value in any set they stay.
-    num_batches_tracked counts this batch, in its own dtype. Returns y like x, and per channel mean
-    and invstd (C,) and count ().
+    where given, become (1 − momentum)·old + momentum·new (None: 1 / batches), where new are the
+    mean and the unbiased variance; without a single value in any set they stay. The counter of
+    batches counts this one, in its own dtype. Returns y like x.
     """
+    weight, bias = affine
     merged = merge(unpack(sets))
     count, mean, m2 = merged
     invstd = inverse_deviation(merged, eps)
     with torch.no_grad():
-        if num_batches_tracked is not None:
-            num_batches_tracked.add_(1)
-        if momentum is None:
-            rate = 0.0 if num_batches_tracked is None else 1 / num_batches_tracked.to(count.dtype)
+        if running.batches is not None:
+            running.batches.add_(1)
+        if running.momentum is None:
+            rate = 0.0 if running.batches is None else 1 / running.batches.to(count.dtype)
         else:
-            rate = momentum
+            rate = running.momentum
         step = rate * (count > 0).to(count.dtype)
-        if momentum != 0:  # 0·∞ would be no number
-            _move(running_mean, mean, step)
-            _move(running_var, m2 / (count - 1).clamp_min(1), step)
+        if running.momentum != 0:  # 0·∞ would be no number
+            _move(running.mean, mean, step)
+            _move(running.var, m2 / (count - 1).clamp_min(1), step)
     values = _arithmetic(x)
     shift = mean.to(values.dtype)
     scale = invstd if weight is None else invstd * weight.to(invstd.dtype)
@@ -100,11 +110,12 @@ def normalise(
         offset = offset + bias.to(offset.dtype)
     centred = values - _per_channel(shift, x)
     y = torch.addcmul(_per_channel(offset, x), centred, _per_channel(scale, x))
-    return y.to(x.dtype), mean, invstd, count
+    return y.to(x.dtype), Statistics(mean, invstd, count)
 
 
-def gradient_sums(dy: Tensor, x: Tensor, mean: Tensor, invstd: Tensor) -> Tensor:
+def gradient_sums(dy: Tensor, x: Tensor, statistics: Statistics) -> Tensor:
     """(Σdy, Σdy·x̂) per channel, (2, C), where x̂ = (x − mean)·invstd. dy, x: (N, C, *)."""
+    mean, invstd, _ = statistics
     gradients, values = _arithmetic(dy), _arithmetic(x)
     shift = mean.to(values.dtype)
     total = _sum(gradients, mean.dtype)
@@ -113,18 +124,13 @@ def gradient_sums(dy: Tensor, x: Tensor, mean: Tensor, invstd: Tensor) -> Tensor
 
 
 def input_gradient(
-    dy: Tensor,
-    x: Tensor,
-    weight: Tensor | None,
-    mean: Tensor,
-    invstd: Tensor,
-    sums: Tensor,
-    count: Tensor,
+    dy: Tensor, x: Tensor, *, weight: Tensor | None, statistics: Statistics, sums: Tensor
 ) -> Tensor:
     """dx = weight·invstd·(dy − Σdy/n − x̂·Σ(dy·x̂)/n), like x.
 
-    sums: (2, C) the gradient sums, n = count: () the number of values, of all sets together.
+    sums: (2, C) the gradient sums of all sets together, as n, their count, is.
     """
+    mean, invstd, count = statistics
     values = _arithmetic(x)
     shift = mean.to(values.dtype)
     scale = invstd if weight is None else invstd * weight.to(invstd.dtype)
@@ -159,7 +165,7 @@ def merge_samples(received: Tensor) -> Tensor:
 
 
 def gradient_sums_samples(
-    dy: Tensor, x: Tensor, mean: Tensor, invstd: Tensor, lengths: Tensor | None
+    dy: Tensor, x: Tensor, statistics: Statistics, lengths: Tensor | None
 ) -> Tensor:
     """The representation (6, 2C) of the gradient sums, each sample's summed by itself.
 
@@ -167,7 +173,7 @@ def gradient_sums_samples(
     """
     check_samples("gradient_sums_samples", dy, x)
     pairs = zip(_samples(dy, lengths), _samples(x, lengths), strict=True)
-    sums = [gradient_sums(*pair, mean, invstd).flatten() for pair in pairs]
+    sums = [gradient_sums(*pair, statistics).flatten() for pair in pairs]
     return reproducible.represent(torch.stack(sums))
 
 

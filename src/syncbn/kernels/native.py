@@ -19,8 +19,10 @@ from torch.nn import Parameter
 
 from ..numerics.reproducible import NUMBERS
 from ..tensors.layout import check_samples
+from .interface import NO_AFFINE, NO_RUNNING, Affine, Running, Statistics
 
 NAME = "native"
+DEVICES: tuple[str, ...] = ("cpu",)
 LIBRARY = Path(__file__).parents[1] / "libsyncbn.so"
 WHY_NOT = LIBRARY.with_suffix(".txt")  # left by setup.py where it could not build the library
 REMEDY = (
@@ -67,7 +69,11 @@ def instruction_set() -> str:
     return bytes(name()).decode()
 
 
-def serves(x: Tensor) -> bool:
+def describe() -> str:
+    return instruction_set()
+
+
+def supports(x: Tensor) -> bool:
     """Whether the operators take x: a plain dense CPU tensor of a dtype they know."""
     return type(x) in _TYPES and x.is_cpu and x.dtype in _DTYPES and x.layout is torch.strided
 
@@ -80,34 +86,24 @@ def measure(x: Tensor) -> Tensor:
 def normalise(
     x: Tensor,
     sets: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    num_batches_tracked: Tensor | None,
-    momentum: float | None,
+    *,
+    affine: Affine = NO_AFFINE,
+    running: Running = NO_RUNNING,
     eps: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    result: tuple[Tensor, Tensor, Tensor, Tensor] = _ops.normalise.default(
-        x, sets, weight, bias, running_mean, running_var, num_batches_tracked, momentum, eps
-    )
-    return result
+) -> tuple[Tensor, Statistics]:
+    y, *statistics = _ops.normalise.default(x, sets, *affine, *running, eps)
+    return y, Statistics(*statistics)
 
 
-def gradient_sums(dy: Tensor, x: Tensor, mean: Tensor, invstd: Tensor) -> Tensor:
-    sums: Tensor = _ops.gradient_sums.default(dy, x, mean, invstd)
+def gradient_sums(dy: Tensor, x: Tensor, statistics: Statistics) -> Tensor:
+    sums: Tensor = _ops.gradient_sums.default(dy, x, statistics.mean, statistics.invstd)
     return sums
 
 
 def input_gradient(
-    dy: Tensor,
-    x: Tensor,
-    weight: Tensor | None,
-    mean: Tensor,
-    invstd: Tensor,
-    sums: Tensor,
-    count: Tensor,
+    dy: Tensor, x: Tensor, *, weight: Tensor | None, statistics: Statistics, sums: Tensor
 ) -> Tensor:
+    mean, invstd, count = statistics
     dx: Tensor = _ops.input_gradient.default(dy, x, weight, mean, invstd, sums, count)
     return dx
 
@@ -125,10 +121,11 @@ def merge_samples(received: Tensor) -> Tensor:
 
 
 def gradient_sums_samples(
-    dy: Tensor, x: Tensor, mean: Tensor, invstd: Tensor, lengths: Tensor | None
+    dy: Tensor, x: Tensor, statistics: Statistics, lengths: Tensor | None
 ) -> Tensor:
     """As composite's; the same demands on dy and x, whose samples must lie apart."""
     check_samples("gradient_sums_samples", dy, x)
+    mean, invstd, _ = statistics
     represented: Tensor = _ops.gradient_sums_samples.default(dy, x, mean, invstd, lengths)
     return represented
 
@@ -138,33 +135,15 @@ def total_samples(received: Tensor) -> Tensor:
     return sums
 
 
-def batch_norm(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    num_batches_tracked: Tensor | None,
-    momentum: float | None,
-    eps: float,
-) -> tuple[Tensor, Tensor]:
-    """measure and normalise in one, for one set: (y, saved), saved (2, C) mean and invstd."""
-    result: tuple[Tensor, Tensor] = _ops.batch_norm.default(
-        x, weight, bias, running_mean, running_var, num_batches_tracked, momentum, eps
-    )
+def batch_norm(x: Tensor, *, affine: Affine, running: Running, eps: float) -> tuple[Tensor, Tensor]:
+    result: tuple[Tensor, Tensor] = _ops.batch_norm.default(x, *affine, *running, eps)
     return result
 
 
 def batch_norm_backward(
-    dy: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, saved: Tensor
+    dy: Tensor, x: Tensor, *, affine: Affine, saved: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """gradient_sums and input_gradient in one, for one set: (dx, dweight, dbias).
-
-    Of bias only the dtype counts, which is dbias's.
-    """
-    result: tuple[Tensor, Tensor, Tensor] = _ops.batch_norm_backward.default(
-        dy, x, weight, bias, saved
-    )
+    result: tuple[Tensor, Tensor, Tensor] = _ops.batch_norm_backward.default(dy, x, *affine, saved)
     return result
 
 

@@ -1,7 +1,4 @@
-"""The layers: state and shape checks only. What they compute is in functional.py.
-
-Their Lazy forms are in lazy.py.
-"""
+"""The layers, but for their Lazy forms: state and shape checks only. step/ computes."""
 
 from __future__ import annotations
 
@@ -14,11 +11,13 @@ from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..comm import LOCAL, Unplaced, default_group, resolve
+from ..kernels import Affine, Running
 from ..step.checks import check_input, check_options, check_shape, checked_dtype
-from ..step.masks import given_mask
+from ..step.dispatch import normalise
+from ..step.masked import resolve_mask
+from ..step.records import Options
 from ..step.tracking import skip_nonfinite, skips_nonfinite
 from ..tensors.recomputation import withhold
-from .functional import batch_norm
 
 if TYPE_CHECKING:
     from typing import NoReturn
@@ -72,7 +71,7 @@ class SyncBatchNorm(_BatchNorm):
     reproducible: bool = False
     skip_nonfinite = property(skips_nonfinite, skip_nonfinite)
     _bn_momentum_patched = True  # pytorch-pfn-extras' checkpoint asks: one move is one move here
-    _mask_givers = cast(tuple[tuple[list[str], Any], ...], ())  # masking()'s, from the outermost
+    _mask_sources = cast(tuple[tuple[list[str], Any], ...], ())  # masking()'s, from the outermost
     _shapes: str = "(N, C, *)"
     _dims: tuple[int, ...] = ()
 
@@ -118,8 +117,8 @@ class SyncBatchNorm(_BatchNorm):
 
     def forward(self, input: Tensor, mask: Tensor | None = None) -> Tensor:
         self._check_input_dim(input)
-        if mask is None and self._mask_givers:
-            mask = given_mask(self._mask_givers, input)
+        if mask is None and self._mask_sources:
+            mask = resolve_mask(self._mask_sources, input)
         mean, var, weight, bias = self._tensors()
         if weight is None and mean is None:  # no tensor that would tell
             check_input(input)
@@ -133,11 +132,11 @@ class SyncBatchNorm(_BatchNorm):
                 if mean is not None:
                     withhold(mean, self.num_batches_tracked)
                 mean = var = None
-        return batch_norm(
-            *(input, mean, var, counter, weight, bias, training),
-            *(self.momentum, self.eps, self.process_group if self.training else LOCAL),
-            *(mask, self.reproducible, self._buffers.get("num_batches_skipped")),
-        )
+        affine, running = Affine(weight, bias), Running(mean, var, counter, self.momentum)
+        group = self.process_group if self.training else LOCAL
+        options = Options(training, self.eps, group, self.reproducible)
+        skipped = self._buffers.get("num_batches_skipped")
+        return normalise(input, affine, running, options, mask, skipped)
 
     def _tensors(self) -> tuple[Tensor | None, ...]:
         """(running_mean, running_var, weight, bias): by name each takes a microsecond to find."""
@@ -205,7 +204,7 @@ class SyncBatchNorm(_BatchNorm):
 
     def _state(self) -> dict[str, Any]:
         """What copies take over: masks belong to a context around this layer."""
-        return {name: value for name, value in vars(self).items() if name != "_mask_givers"}
+        return {name: value for name, value in vars(self).items() if name != "_mask_sources"}
 
     def __copy__(self) -> Self:
         new = type(self).__new__(type(self))

@@ -185,7 +185,7 @@ def revert(module: ModuleT) -> ModuleT:
         lazy = isinstance(layer, LazyModuleMixin)
         source = origin.source if lazy else _materialised(origin.source)
         layer.skip_nonfinite = False
-        for attribute in ("_origin", "process_group", "reproducible", "_mask_givers"):
+        for attribute in ("_origin", "process_group", "reproducible", "_mask_sources"):
             vars(layer).pop(attribute, None)
         if issubclass(source, nn.SyncBatchNorm):
             layer.process_group = origin.process_group

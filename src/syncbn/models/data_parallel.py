@@ -15,7 +15,7 @@ from torch.nn.parameter import is_lazy
 
 from ..batches.empty import forget_original
 from ..batches.scatter import gather, scatter
-from ..comm import Crew, Replica, refused_group, resolve
+from ..comm import LOCAL, Crew, Replica, resolve
 from ..layers.modules import SyncBatchNorm
 from ..tensors.storages import check_held
 from ..tensors.transforms import transforming
@@ -164,8 +164,6 @@ def _check(module: nn.Module, device: torch.device) -> None:
                     "DataParallel: expected no DataParallel inside another, got one with the layer "
                     f"{name!r} in a replica of {comm.size}; list all devices in the outer one"
                 )
-            if comm.size > 1:
-                raise RuntimeError(refused_group(name or "a layer", comm.size))
 
 
 def _run(
@@ -179,7 +177,9 @@ def _run(
         for name, layer in replica.named_modules():
             forget_original(layer)
             if isinstance(layer, SyncBatchNorm):
-                layer.process_group = Replica(crew, rank, f"layer {name!r}" if name else "module")
+                where = f"layer {name!r}" if name else "module"
+                group = module.get_submodule(name).process_group if layer.training else LOCAL
+                layer.process_group = Replica(crew, rank, where, resolve(group))
     places = [_place(device) for device in devices]
 
     def forward(rank: int) -> Any:

@@ -68,11 +68,11 @@ def masking(
 
 @contextmanager
 def _giving(layer: SyncBatchNorm, giver: tuple[list[str], Any]) -> Iterator[None]:
-    layer._mask_givers = (*layer._mask_givers, giver)
+    layer._mask_sources = (*layer._mask_sources, giver)
     try:
         yield
     finally:
-        givers = vars(layer).pop("_mask_givers", ())  # none if it was reverted meanwhile
+        givers = vars(layer).pop("_mask_sources", ())  # none if it was reverted meanwhile
         others = tuple(other for other in givers if other is not giver)
         if others:
-            layer._mask_givers = others
+            layer._mask_sources = others

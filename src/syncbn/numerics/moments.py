@@ -11,6 +11,7 @@ E[x²] − E[x]² appears nowhere: it cancels as soon as the mean is large again
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -66,3 +67,8 @@ def inverse_deviation(moments: Moments, eps: float) -> Tensor:
     """
     variance = moments.m2 / moments.count.clamp_min(1)
     return (variance + eps).nan_to_num(torch.nan, torch.nan).rsqrt()
+
+
+def stacked(tensors: Sequence[Tensor]) -> Tensor:
+    """(k, *): tensors of one shape, on the device of the first."""
+    return torch.stack([tensor.to(tensors[0].device) for tensor in tensors])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from numbers import Real
 from typing import TYPE_CHECKING, Any
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.fx import Proxy
 
+from ..kernels import Affine, Running
 from ..tensors.storages import check_held, form_of, is_dtensor, is_held
 from ..tensors.transforms import transforming
 
@@ -102,23 +104,15 @@ def check_shape(name: str, shape: tuple[int, ...], input: Tensor) -> None:
         )
 
 
-def check_tensors(
-    input: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    num_batches_tracked: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    momentum: float | None,
-) -> None:
+def check_tensors(input: Tensor, affine: Affine, running: Running) -> None:
     """Refuse tensors that aren't (C,), floating and on the device of input (N, C, *)."""
     check_input(input)
     shape, device = input.shape[1:2], input.device
     for name, tensor in (
-        ("running_mean", running_mean),
-        ("running_var", running_var),
-        ("weight", weight),
-        ("bias", bias),
+        ("running_mean", running.mean),
+        ("running_var", running.var),
+        ("weight", affine.weight),
+        ("bias", affine.bias),
     ):
         if tensor is not None and not (
             isinstance(tensor, Tensor)
@@ -130,15 +124,15 @@ def check_tensors(
             and is_held(tensor)
         ):
             _refuse(name, tensor, input)
-    if (running_mean is None) != (running_var is None):
+    if (running.mean is None) != (running.var is None):
         raise ValueError(
             "sync_batch_norm: expected running_mean and running_var both or neither, got only "
-            f"running_{'var' if running_mean is None else 'mean'}"
+            f"running_{'var' if running.mean is None else 'mean'}"
         )
-    if num_batches_tracked is not None:
-        check_counter("num_batches_tracked", num_batches_tracked, device)
-        if momentum is None:
-            _check_divisor(num_batches_tracked)
+    if running.batches is not None:
+        check_counter("num_batches_tracked", running.batches, device)
+        if running.momentum is None:
+            _check_divisor(running.batches)
 
 
 def _refuse(name: str, tensor: Any, input: Tensor) -> None:
@@ -196,10 +190,17 @@ def _check_divisor(counter: Tensor) -> None:
         )
 
 
-def refuse_single_value(shape: tuple[int, ...], rank: int, size: int) -> NoReturn:
-    """Refuse a batch with a single value per channel on all ranks together."""
+def refuse_single_value(shapes: Sequence[torch.Size], rank: int, size: int) -> NoReturn:
+    """Refuse a batch with a single value per channel in all parts of all ranks together."""
+    if len(shapes) > 1 and size == 1:
+        raise ValueError(
+            "Expected more than 1 value per channel when training, got 1 on all "
+            f"{len(shapes)} replicas together, of input sizes {[tuple(s) for s in shapes]}; "
+            "use a larger batch or call eval() on the layer"
+        )
+    sizes = " and ".join(str(shape) for shape in shapes)
     raise ValueError(
-        f"Expected more than 1 value per channel when training, got input size {shape} on "
+        f"Expected more than 1 value per channel when training, got input size {sizes} on "
         f"rank {rank} and 1 value per channel on all {size} ranks together; "
         "use a larger batch or call eval() on the layer"
     )

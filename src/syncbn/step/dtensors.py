@@ -5,6 +5,7 @@ torch's own operator gathers a sharded batch on every rank; the plain operations
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,11 +13,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..comm import LOCAL, Communicator, ProcessGroup
-from ..kernels import composite
+from ..kernels import Affine, Running, composite
 from ..numerics.moments import Moments, wide_dtype
 from ..tensors.storages import is_dtensor
-from .autograd import synchronised
-from .share import Share
+from .exchange import Exchange, Sums
+from .function import normalise_parts
+from .records import Call, Normalised, Part, part_of
 
 
 def check_options_of_dtensor(mask: bool, reproducible: bool) -> None:
@@ -45,18 +47,16 @@ def check_group_of_dtensor(input: Any, comm: Communicator) -> None:
         )
 
 
-class _Whole(Share):
+class _OfDTensor(Exchange):
     """What DTensor computed of each shard is added up here, once, not wherever it is used."""
 
-    def moments(self, x: Tensor) -> Tensor:
-        moments: Tensor = _added_up(super().moments(x))
-        return moments
+    def reduce(self, parts: Sequence[Normalised], dys: Sequence[Tensor]) -> Sums:
+        total: Tensor = _added_up(super().reduce(parts, dys).parts[0])
+        return Sums((total,), total)
 
-    def gradient_sums(
-        self, dy: Tensor, x: Tensor, mean: Tensor, invstd: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        total: Tensor = _added_up(self.kernels.gradient_sums(dy, x, mean, invstd))
-        return total, total
+    def _measure(self, parts: Sequence[Part]) -> Tensor:
+        moments: Tensor = _added_up(super()._measure(parts))
+        return moments
 
 
 def _added_up(sums: Any) -> Any:
@@ -67,17 +67,7 @@ def _added_up(sums: Any) -> Any:
     )
 
 
-def batch_norm(
-    input: Any,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    num_batches_tracked: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    momentum: float | None,
-    eps: float,
-    training: bool,
-) -> Tensor:
+def normalise_dtensor(call: Call) -> Tensor:
     """y of the whole batch (N, C, *), sharded over samples or channels as input is, else whole.
 
     A dimension of one element counts as whole: DTensor cannot reshape it back while it is sharded.
@@ -85,17 +75,21 @@ def batch_norm(
     """
     from torch.distributed.tensor import Replicate, Shard
 
-    kept = [type(p) is Shard and p.dim < 2 and input.shape[p.dim] > 1 for p in input.placements]
-    places = [p if keep else Replicate() for p, keep in zip(input.placements, kept, strict=True)]
-    x = input.redistribute(placements=places)
-    mean, var, batches = (_on(x, t) for t in (running_mean, running_var, num_batches_tracked))
-    weight, bias = _on(x, weight), _on(x, bias)
-    if training or mean is None:
-        rest = (mean, var, batches, weight, bias, momentum, eps)
-        return synchronised(x, *rest, _Whole(LOCAL, composite))
+    check_options_of_dtensor(call.lengths is not None, call.options.reproducible)
+    check_group_of_dtensor(call.input, call.comm)
+    whole: Any = call.input
+    kept = [type(p) is Shard and p.dim < 2 and whole.shape[p.dim] > 1 for p in whole.placements]
+    places = [p if keep else Replicate() for p, keep in zip(whole.placements, kept, strict=True)]
+    x = whole.redistribute(placements=places)
+    mean, var, batches, momentum = call.running
+    mean, var, batches = (_on(x, t) for t in (mean, var, batches))
+    affine, eps = Affine(*(_on(x, t) for t in call.affine)), call.options.eps
+    if call.options.training or mean is None:
+        running = Running(mean, var, batches, momentum)
+        return normalise_parts([part_of(x, affine)], running, eps, _OfDTensor(LOCAL))[0]
     mean, var = (t.to(wide_dtype(t.device)) for t in (mean, var))
     known = Moments(mean.new_ones(()), mean, var).pack().unsqueeze(0)
-    return composite.normalise(x, known, weight, bias, None, None, None, 0.0, eps)[0]
+    return composite.normalise(x, known, affine=affine, running=Running(), eps=eps)[0]
 
 
 def _on(x: Any, tensor: Any) -> Any:

@@ -4,23 +4,30 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn as nn
 from torch import Tensor
 
+from ..kernels import Running
 from ..numerics.moments import wide_dtype
 from ..tensors.recomputation import moves, moves_in_graph
 from ..tensors.storages import is_dtensor
+from .mode import Mode
 
-Statistics = tuple[Tensor | None, Tensor | None, Tensor | None]
-Batch = tuple[Tensor, Tensor, Tensor]
+
+class _Batch(NamedTuple):
+    """What a batch would move: its mean and unbiased variance, and how often: once, or not yet."""
+
+    mean: Tensor
+    var: Tensor
+    counted: Tensor
 
 
 def begin_update(
-    statistics: Statistics, momentum: float | None, skipped: Tensor | None = None
-) -> tuple[Statistics, float | None, Callable[[], None] | None]:
+    running: Running, mode: Mode, skipped: Tensor | None = None
+) -> tuple[Running, Callable[[], None] | None]:
     """What the kernels are to move, and by how much; then call what is returned, if anything.
 
     skipped: counts batches whose statistics are not finite, which then move nothing else; None for
@@ -30,27 +37,26 @@ def begin_update(
     by nothing. A compiled graph that was traced in the first forward runs in the second, too. So it
     moves copies, and asks whenever it runs whether to keep them.
     """
-    mean, var, batches = statistics
+    mean, var, batches, momentum = running
     key = batches if mean is None else mean
-    tracing: bool = torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
-    if tracing or mean is None:
+    if mode.tracing or mean is None:
         skipped = None
     first: bool | Tensor
-    if not torch.compiler.is_compiling():
+    if not mode.compiling:
         first = moves(key)
         if first and skipped is None:
-            return statistics, momentum, None
-    elif key is None or torch.compiler.is_exporting():
-        return statistics, momentum, None
+            return running, None
+    elif key is None or mode.exporting:
+        return running, None
     else:
         first = _first_in_graph(key)
     if skipped is not None and mean is not None:
         batch = _nothing_yet(mean, mean if var is None else var)
-        return batch, 1.0, partial(_follow_if_finite, statistics, momentum, batch, first, skipped)
+        return Running(*batch, 1.0), partial(_follow_if_finite, running, batch, first, skipped)
     if isinstance(first, Tensor):
-        copies = _copy(mean), _copy(var), _copy(batches)
-        return copies, momentum, partial(_keep_if_first, statistics, copies, first)
-    return (mean, var, None), 0.0, None
+        copies = Running(_copy(mean), _copy(var), _copy(batches), momentum)
+        return copies, partial(_keep_if_first, running, copies, first)
+    return Running(mean, var), None
 
 
 def _first_in_graph(key: Any) -> Tensor:
@@ -84,35 +90,31 @@ def _copy(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.detach().clone()
 
 
-def _keep_if_first(statistics: Statistics, copies: Statistics, first: Tensor) -> None:
-    for old, new in zip(statistics, copies, strict=True):
+def _keep_if_first(running: Running, copies: Running, first: Tensor) -> None:
+    for old, new in zip(running[:3], copies[:3], strict=True):
         if old is not None and new is not None:
             old.copy_(torch.where(first, new, old))
 
 
-def _nothing_yet(mean: Tensor, var: Tensor) -> Batch:
+def _nothing_yet(mean: Tensor, var: Tensor) -> _Batch:
     """What becomes, moved with momentum 1, a batch's mean, unbiased variance and how often: once.
 
     Without a single value in the batch the variance stays negative, which no variance is.
     """
     wide = [torch.promote_types(tensor.dtype, torch.float32) for tensor in (mean, var)]
     zeros, negative = torch.zeros_like(mean, dtype=wide[0]), torch.full_like(var, -1, dtype=wide[1])
-    return zeros, negative, mean.new_zeros((), dtype=torch.int64)
+    return _Batch(zeros, negative, mean.new_zeros((), dtype=torch.int64))
 
 
 def _follow_if_finite(
-    statistics: Statistics,
-    momentum: float | None,
-    batch: Batch,
-    first: bool | Tensor,
-    skipped: Tensor,
+    running: Running, batch: _Batch, first: bool | Tensor, skipped: Tensor
 ) -> None:
-    """Move ``statistics`` towards the batch's unless those are not finite or a second forward's.
+    """Move ``running`` towards the batch's unless those are not finite or a second forward's.
 
     In tensors only: a device is not waited for.
     """
     mean, var, counted = batch
-    *both, batches = statistics
+    both, batches, momentum = running[:2], running.batches, running.momentum
     finite = counted >= 0
     for old, new in zip(both, (mean, var), strict=True):
         held = new if old is None else new.to(old.dtype)  # half overflows sooner

@@ -8,12 +8,9 @@ jacrev of jacrev and the gradient of a jvp find for it are wrong.
 
 from __future__ import annotations
 
-from typing import Any
-
-import torch
 from torch import Tensor
 
-from ..comm import LOCAL, Communicator, Replica, Threads, refuse_join, resolve
+from ..comm import Replica, Threads, refuse_join
 from ..kernels import composite
 from ..tensors.storages import is_dtensor
 from ..tensors.transforms import (
@@ -24,60 +21,42 @@ from ..tensors.transforms import (
 )
 from .checks import check_options, refuse_single_value
 from .collectives import gather
-from .differentiable import tie
-from .masks import blank, check_mask
+from .derivatives import graph_dependency
+from .masked import check_mask, zero_masked
+from .records import Call
 
 
-def transformed(
-    input: Tensor,
-    mask: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    num_batches_tracked: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    momentum: float | None,
-    eps: float,
-    group: Any,
-) -> Tensor:
-    """Batch normalisation of ``input`` (N, C, *) with the statistics of all ranks.
+def normalise_transformed(call: Call, mask: Tensor | None) -> Tensor:
+    """y of the call's input, zero where the mask (N, *) is False.
 
-    Zero where the mask (N, *) is False. The tensors have been checked, but for the mask.
+    The call's tensors have been checked, but for the mask.
     """
-    check_options(0.0 if momentum is None else momentum, eps)
+    momentum, comm = call.running.momentum, call.comm
+    check_options(0.0 if momentum is None else momentum, call.options.eps)
     if mask is not None:
-        check_mask(mask, input)
-    silent = input.is_meta or torch.compiler.is_exporting()
-    comm = LOCAL if silent else resolve(group)
-    check_forward_mode(isinstance(comm, Threads) and comm.size > 1, is_dtensor(input))
+        check_mask(mask, call.input)
+    check_forward_mode(isinstance(comm, Threads) and comm.size > 1, is_dtensor(call.input))
     if isinstance(comm, Replica):
         check_not_transforming()
     if comm.size > 1:
         refuse_join()
         check_not_recording()
-    rest = (weight, bias, running_mean, running_var, num_batches_tracked, momentum, eps)
     if mask is None:
-        return _in_steps(input, mask, *rest, comm)
-    return blank(_in_steps(blank(input, mask), mask, *rest, comm), mask)
+        return _in_steps(call, call.input, None)
+    return zero_masked(_in_steps(call, zero_masked(call.input, mask), mask), mask)
 
 
-def _in_steps(
-    x: Tensor,
-    mask: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    num_batches_tracked: Tensor | None,
-    momentum: float | None,
-    eps: float,
-    comm: Communicator,
-) -> Tensor:
+def _in_steps(call: Call, x: Tensor, mask: Tensor | None) -> Tensor:
     """x: zero where the mask is False."""
+    comm = call.comm
     packed = composite.measure(x, mask)
-    sets = packed.unsqueeze(0) if comm.size == 1 else gather(packed + tie(weight, bias), comm)
+    if comm.size == 1:
+        sets = packed.unsqueeze(0)
+    else:
+        sets = gather(packed + graph_dependency(*call.affine), comm)
     may_be_single = not x.is_meta and (mask is not None or x.numel() // x.shape[1] <= 1)
     if may_be_single and any_element_is_one(sets[:, 0].sum()):
-        refuse_single_value(x.shape, comm.rank, comm.size)
-    statistics = (running_mean, running_var, num_batches_tracked)
-    return composite.normalise(x, sets, weight, bias, *statistics, momentum, eps)[0]
+        refuse_single_value([x.shape], comm.rank, comm.size)
+    return composite.normalise(
+        x, sets, affine=call.affine, running=call.running, eps=call.options.eps
+    )[0]

@@ -78,22 +78,22 @@ def _gradient_laid(strides: tuple[int, ...], gradient: Tensor | None) -> Tensor 
     return None if gradient is None else laid(strides, gradient)  # None: zero, in a higher one
 
 
-def lie_apart(x: Tensor) -> bool:
+def is_samplewise_contiguous(x: Tensor) -> bool:
     """Whether the samples of x (N, C, *) lie one after the other, without gaps."""
     return x.is_contiguous() or (
         not torch.compiler.is_compiling() and x.permute(0, *_order_within(x)).is_contiguous()
     )
 
 
-def samples_apart(x: Tensor) -> Tensor:
-    """x (N, C, *), or a copy of it whose samples :func:`lie_apart`.
+def samplewise_contiguous(x: Tensor) -> Tensor:
+    """x (N, C, *), or a copy of it whose samples :func:`is_samplewise_contiguous`.
 
     The order of the dimensions within a sample stays, except in a compiled graph, whose strides may
     be symbols, which have no order. So what a kernel makes of a sample does not depend on how many
     others a rank has, as it would where strides depend on their number. It does depend on the order
     of the dimensions, which ranks must share.
     """
-    if lie_apart(x):
+    if is_samplewise_contiguous(x):
         return x
     if torch.compiler.is_compiling():
         return x.contiguous()
@@ -111,9 +111,9 @@ def _order_within(x: Tensor) -> list[int]:
 def check_samples(operator: str, *tensors: Tensor) -> None:
     """Refuse what the reproducible operators cannot promise anything for."""
     for x in tensors:
-        if not lie_apart(x):
+        if not is_samplewise_contiguous(x):
             raise ValueError(
                 f"{operator}: expected samples that lie one after the other without gaps, got "
                 f"strides {tuple(x.stride())} for shape {tuple(x.shape)}; lay them out with "
-                "samples_apart(), so that no bit depends on how many there are"
+                "samplewise_contiguous(), so that no bit depends on how many there are"
             )

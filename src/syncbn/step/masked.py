@@ -74,7 +74,7 @@ def check_mask(mask: Tensor, input: Tensor) -> None:
     check_held({"mask": mask})
 
 
-def given_mask(givers: tuple[tuple[list[str], Any], ...], input: Tensor) -> Tensor | None:
+def resolve_mask(givers: tuple[tuple[list[str], Any], ...], input: Tensor) -> Tensor | None:
     """The mask of the last giver, a layer's names and its mask or function, that has one.
 
     Raises as :func:`check_mask`, with the layer's name.
@@ -95,7 +95,7 @@ def given_mask(givers: tuple[tuple[list[str], Any], ...], input: Tensor) -> Tens
     return None
 
 
-def pack(input: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+def select_valid(input: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     """The values (V, C) that count of input (N, C, *), and how many each sample has (N,).
 
     The mask is kept for backward.
@@ -103,14 +103,14 @@ def pack(input: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     return input.movedim(1, -1)[mask], mask.unsqueeze(-1).flatten(1).sum(1)
 
 
-def unpack(values: Tensor, input: Tensor, mask: Tensor) -> Tensor:
+def scatter_valid(values: Tensor, input: Tensor, mask: Tensor) -> Tensor:
     """A tensor like input (N, C, *) of the values (V, C) that count, and zeros."""
     output = torch.zeros_like(input.movedim(1, -1), dtype=values.dtype)
     output[mask] = values  # not of a view, whose gradient would be one of strides, beyond vmap
     return output.movedim(-1, 1)
 
 
-def blank(input: Tensor, mask: Tensor) -> Tensor:
+def zero_masked(input: Tensor, mask: Tensor) -> Tensor:
     """input (N, C, *) with zeros where nothing counts."""
     if transforming():  # vmap may have made the mask larger than input
         return torch.where(mask.unsqueeze(1), input, 0.0)

@@ -1,0 +1,197 @@
+"""Which path serves a call: a table of conditions, each with its reason."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..comm import LOCAL, Replica, refuse_join, resolve
+from ..kernels import Affine, Running
+from ..tensors.layout import (
+    is_samplewise_contiguous,
+    samplewise_contiguous,
+    torchs_batch_norm,
+    with_gradient_like,
+)
+from ..tensors.storages import is_dtensor
+from ..tensors.transforms import check_movable
+from .checks import check_counter, check_input, check_options, check_tensors
+from .dtensors import check_options_of_dtensor, normalise_dtensor
+from .exchange import Exchange, ReproducibleExchange
+from .function import normalise_parts
+from .fused import find_fused, normalise_fused
+from .masked import check_mask, scatter_valid, select_valid, zero_masked
+from .mode import find_mode
+from .records import Call, Options, part_of
+from .replicas import normalise_replica
+from .tracking import begin_update
+from .transformed import normalise_transformed
+
+
+def normalise(
+    input: Tensor,
+    affine: Affine,
+    running: Running,
+    options: Options,
+    mask: Tensor | None = None,
+    skipped: Tensor | None = None,
+) -> Tensor:
+    """Batch normalisation as :func:`syncbn.sync_batch_norm` describes it.
+
+    skipped: where given, counts batches whose statistics are not finite and move nothing.
+    """
+    mode = find_mode(input, options.training)
+    conclude = None
+    if options.training:
+        if mode.transforming or skipped is not None:  # others may stand in for these below
+            check_tensors(input, affine, running)
+        if skipped is not None:
+            check_counter("num_batches_skipped", skipped, input.device)
+        if mode.transforming:
+            check_movable(*running[:3], skipped, input, mask)
+        running, conclude = begin_update(running, mode, skipped)
+    comm = LOCAL if mode.silent else resolve(options.group)
+    call = Call(input, affine, running, options, mode, comm)
+    if mode.transforming:
+        y = normalise_transformed(call, mask)
+    elif mask is None:
+        y = normalise_dense(call)
+    else:
+        y = normalise_masked(call, mask)
+    if conclude is not None:
+        conclude()
+    return y
+
+
+def normalise_masked(call: Call, mask: Tensor) -> Tensor:
+    """Where a mask says what counts: those values alone, as if nothing else were."""
+    input = call.input
+    check_input(input)
+    check_mask(mask, input)
+    check_options_of_dtensor(is_dtensor(input), False)
+    if not call.options.training:
+        zeroed = zero_masked(with_gradient_like(input), mask)
+        return zero_masked(normalise_dense(call._replace(input=zeroed)), mask)
+    mask = mask.clone()  # to keep: its owner may free it
+    values, lengths = select_valid(with_gradient_like(input), mask)
+    y = normalise_dense(call._replace(input=values, lengths=lengths))
+    return scatter_valid(y, input, mask)
+
+
+def normalise_dense(call: Call) -> Tensor:
+    """Where all of input counts."""
+    input, affine, running, options, mode, comm, _ = call
+    if not mode.tracing:  # a trace would record the checks, with warnings
+        momentum = running.momentum
+        check_options(0.0 if momentum is None else momentum, options.eps)
+        # Before the table, and before the checks, which its operators make in no time.
+        alone = comm.size == 1 and options.training and not options.reproducible
+        fused = find_fused(input, affine, running) if alone and not mode.compiling else None
+        try:
+            if fused is not None:
+                return normalise_fused(input, affine, running, options.eps, fused)
+        except RuntimeError:  # the words follow here
+            check_tensors(input, affine, running)
+            raise
+        check_tensors(input, affine, running)
+    for path in PATHS:
+        if path.serves(call):
+            return path.run(call)
+    raise AssertionError("the last path serves every call")
+
+
+class Path(NamedTuple):
+    serves: Callable[[Call], bool]
+    run: Callable[[Call], Tensor]
+    reason: str
+
+
+def _needs_own_kernels(call: Call) -> bool:
+    """Whether torch's operator would refuse a batch in training, or do it wrongly."""
+    mean, var, batches, momentum = call.running
+    if _mixes_dtypes(call):
+        return True
+    if not call.mode.compiling:
+        # A view that reads with the opposite sign: torch's operator would move a copy.
+        return any(t is not None and t.is_neg() for t in (mean, var))
+    # torch's operator wants numbers that a graph does not have: a momentum, how many values.
+    counting = momentum is None and batches is not None
+    return not call.mode.silent and (counting or call.lengths is not None)
+
+
+def _mixes_dtypes(call: Call) -> bool:
+    """Whether torch's operator refuses this mixture of dtypes, which our kernels take."""
+    dtypes = {tensor.dtype for tensor in call.tensors if tensor is not None}
+    if len(dtypes) != 1 or dtypes == {call.input.dtype}:
+        return len(dtypes) > 1
+    return dtypes != {torch.float32} or call.input.dtype == torch.float64
+
+
+def _normalise_reproducibly(call: Call) -> Tensor:
+    input = call.input
+    if is_samplewise_contiguous(input):
+        return _normalise_over_ranks(call)
+    apart = samplewise_contiguous(with_gradient_like(input))
+    return torch.empty_like(input).copy_(_normalise_over_ranks(call._replace(input=apart)))
+
+
+def _normalise_over_ranks(call: Call) -> Tensor:
+    comm = call.comm
+    if comm.size > 1:
+        refuse_join()
+    reproducible = call.options.reproducible
+    exchange = ReproducibleExchange(comm, call.lengths) if reproducible else Exchange(comm)
+    part = part_of(call.input, call.affine)
+    return normalise_parts([part], call.running, call.options.eps, exchange)[0]
+
+
+def _normalise_as_torch(call: Call) -> Tensor:
+    input, _, running, options, *_ = call
+    tensors = call.tensors
+    if _mixes_dtypes(call):
+        wide = torch.float64 if input.dtype == torch.float64 else torch.float32
+        tensors = tuple(None if t is None else t.to(wide) for t in tensors)
+    momentum, batches = running.momentum, running.batches
+    if momentum is None:
+        momentum = 0.0 if batches is None else 1 / float(batches + 1)
+    y = torchs_batch_norm(input, *tensors, options.training, momentum, options.eps)
+    if batches is not None:
+        batches.add_(1)
+    return y
+
+
+PATHS = (
+    Path(
+        lambda call: is_dtensor(call.input),
+        normalise_dtensor,
+        "a DTensor is the whole batch: it sends by itself what its shards need",
+    ),
+    Path(
+        lambda call: isinstance(call.comm, Replica),
+        normalise_replica,
+        "the other parts of this process's batch are in other threads",
+    ),
+    Path(
+        lambda call: call.options.reproducible and not call.mode.silent,
+        _normalise_reproducibly,
+        "samples are summed one by one, over ranks or not, and must lie apart",
+    ),
+    Path(
+        lambda call: call.comm.size > 1,
+        _normalise_over_ranks,
+        "statistics come from all ranks",
+    ),
+    Path(
+        lambda call: call.options.training and _needs_own_kernels(call),
+        _normalise_over_ranks,
+        "one process, but a batch that torch's operator does not take",
+    ),
+    Path(
+        lambda call: True,
+        _normalise_as_torch,
+        "one process alone: graphs fuse torch's operator, and exports know it",
+    ),
+)

@@ -1,0 +1,181 @@
+"""The one autograd.Function: measure → exchange → merge → normalise, and its mirror.
+
+It takes k local parts of a batch (k > 1: the replicas of a DataParallel) on each of W ranks.
+Whatever a rank's parts are, forward makes one all_gather of 2C + 2 numbers and backward one
+all_reduce of 2C numbers, of one dtype (float64 where the device has it). So ranks stay in step with
+empty batches, other dtypes, or no gradient wanted on some of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..kernels import Affine, Implementation, Running, Statistics
+from ..tensors.storages import check_held
+from .checks import refuse_single_value
+from .derivatives import differentiable_gradients, with_bits
+from .exchange import Exchange, Gathered
+from .mode import find_backward_mode
+from .records import Normalised, Part
+
+
+def normalise_parts(
+    parts: Sequence[Part], running: Running, eps: float, exchange: Exchange
+) -> tuple[Tensor, ...]:
+    """y of each part, with the statistics of all parts of all ranks; the running ones move once."""
+    kernels = [part.kernels for part in parts]
+    tensors = [tensor for part in parts for tensor in (part.x, *part.affine)]
+    grad_enabled = torch.is_grad_enabled()
+    wants_gradient = grad_enabled and any(t is not None and t.requires_grad for t in tensors)
+    # A rank none of whose tensors want a gradient still owes its peers a backward if one of them
+    # does. An empty tensor that wants one gives it a graph; forward takes the graph away again
+    # when the ranks turn out to agree that nobody needs it. A compiled graph is fixed before.
+    grad_anchor = None
+    if grad_enabled and not wants_gradient and not torch.compiler.is_compiling():
+        grad_anchor = torch.empty(0, device=parts[0].x.device, requires_grad=True)
+    result: tuple[Tensor, ...] = _SyncBatchNorm.apply(  # type: ignore[no-untyped-call]
+        *(exchange, kernels, eps, wants_gradient, grad_anchor, *running, *tensors)
+    )
+    return result
+
+
+_FIRST = 9  # of the parts' tensors among the Function's arguments
+
+
+class _SyncBatchNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        exchange: Exchange,
+        kernels: Sequence[Implementation],
+        eps: float,
+        wants_gradient: bool,
+        grad_anchor: Tensor | None,
+        *rest: Any,
+    ) -> tuple[Tensor, ...]:
+        running = Running(*rest[:4])
+        each = zip(kernels, _groups(rest[4:], 3), strict=True)
+        parts = [Part(k, x, Affine(*affine)) for k, (x, *affine) in each]
+        gathered = exchange.gather(parts, wants_gradient)
+        _check_count(parts, gathered, exchange, wants_gradient)
+        ys, statistics = [], []
+        for k, x, affine in parts:
+            sets = gathered.sets.to(x.device)
+            y, found = k.steps.normalise(x, sets, affine=affine, running=running, eps=eps)
+            ys.append(y)
+            statistics.append(found)
+            running = Running()  # moved by the first
+        if wants_gradient or (grad_anchor is not None and bool(gathered.wanting.any())):
+            saved = zip(parts, statistics, strict=True)
+            ctx.save_for_backward(*(t for p, s in saved for t in (p.x, p.affine.weight, *s)))
+            ctx.biases = [part.affine.bias for part in parts]  # for their dtypes
+            ctx.eps, ctx.exchange, ctx.kernels = eps, exchange, kernels
+        else:
+            ctx.mark_non_differentiable(*ys)
+        return tuple(ys)
+
+    @staticmethod
+    def backward(ctx: Any, *dys: Tensor) -> tuple[Tensor | None, ...]:
+        exchange, saved = ctx.exchange, ctx.saved_tensors
+        each = zip(ctx.kernels, _groups(saved, 5), strict=True)
+        parts = [Normalised(k, x, weight, Statistics(*found)) for k, (x, weight, *found) in each]
+        mode = find_backward_mode(dys[0])
+        if not mode.compiling:  # before any message
+            for part, dy in zip(parts, dys, strict=True):
+                check_held({"the output's gradient": dy, "input": part.x, "weight": part.weight})
+                check_held(part.statistics._asdict())
+        wanted = _groups(ctx.needs_input_grad[_FIRST:], 3)
+        if mode.differentiable:
+            xs, weights = [part.x for part in parts], [part.weight for part in parts]
+            found = differentiable_gradients(dys, xs, weights, ctx.eps, exchange.comm)
+            if exchange.reproducible and not mode.transforming:
+                with torch.no_grad():
+                    bits = _gradients(parts, dys, exchange, wanted)
+                pairs = zip(found, bits, strict=True)
+                found = [(with_bits(dx, value), sums) for (dx, sums), (value, _) in pairs]
+        else:
+            found = _gradients(parts, dys, exchange, wanted)
+        gradients: list[Tensor | None] = []
+        for part, bias, wants, (dx, sums) in zip(parts, ctx.biases, wanted, found, strict=True):
+            _, wants_weight, wants_bias = wants
+            affine = Affine(part.weight if wants_weight else None, bias if wants_bias else None)
+            gradients += dx, *parameter_gradients(sums, affine)
+        return *(None,) * _FIRST, *gradients
+
+
+def _groups(items: Sequence[Any], size: int) -> list[Sequence[Any]]:
+    return [items[i : i + size] for i in range(0, len(items), size)]
+
+
+def _gradients(
+    parts: Sequence[Normalised],
+    dys: Sequence[Tensor],
+    exchange: Exchange,
+    wanted: Sequence[Sequence[bool]],
+) -> list[tuple[Tensor | None, Tensor]]:
+    """dx like x, if wanted, and the part's own (Σdy, Σdy·x̂) per channel (2, C), of each part."""
+    sums = exchange.reduce(parts, dys)
+    found = []
+    each = zip(parts, dys, sums.parts, wanted, strict=True)
+    for (k, x, weight, statistics), dy, own, (wants_x, *_) in each:
+        dx = None
+        if wants_x:
+            total = sums.total.to(x.device)
+            dx = k.steps.input_gradient(dy, x, weight=weight, statistics=statistics, sums=total)
+        found.append((dx, own))
+    return found
+
+
+def parameter_gradients(sums: Tensor, affine: Affine) -> tuple[Tensor | None, Tensor | None]:
+    """(dweight, dbias), each of its parameter's dtype and in memory of its own; None for None.
+
+    sums: (Σdy, Σdy·x̂) per channel (2, C) of a part's own samples.
+    """
+    dbias, dweight = (
+        None if parameter is None else row.to(parameter.dtype, copy=True)
+        for row, parameter in zip(sums, reversed(affine), strict=True)
+    )
+    return dweight, dbias
+
+
+def _check_count(
+    parts: Sequence[Part], gathered: Gathered, exchange: Exchange, wants_gradient: bool
+) -> None:
+    """Refuse a globally single value per channel, on every rank alike.
+
+    Only a rank with at most one value of its own needs to look at the sum, which on an
+    accelerator waits for the device; if the sum is one, every rank is such a rank.
+    """
+    own = sum(part.x.numel() // part.x.shape[1] for part in parts)
+    if torch.compiler.is_compiling():
+        alone = torch.is_grad_enabled() and not wants_gradient
+        _check_in_graph(own, gathered.sets, gathered.wanting if alone else None)
+    elif own <= 1 and gathered.sets[:, 0].sum().item() == 1:
+        shapes = [part.x.shape for part in parts]
+        refuse_single_value(shapes, exchange.comm.rank, exchange.comm.size)
+
+
+def _check_in_graph(own: int, sets: Tensor, wanting: Tensor | None) -> None:
+    """The same in a compiled graph, which cannot branch on what it receives.
+
+    wanting: which ranks want a gradient, given where this one has nothing that does.
+    """
+    from torch.fx.experimental.symbolic_shapes import guard_or_true  # imports sympy
+
+    if guard_or_true(own <= 1):
+        torch._assert_async(
+            sets[:, 0].sum() != 1,
+            "Expected more than 1 value per channel when training, got 1 on all ranks together; "
+            "use a larger batch or call eval() on the layer",
+        )
+    if wanting is not None:
+        torch._assert_async(
+            ~wanting.any(),
+            "sync_batch_norm: expected a compiled layer to want a gradient on all ranks or none, "
+            "got none on this rank and one on another; let its input or parameters require grad "
+            "on every rank alike, or don't compile it",
+        )

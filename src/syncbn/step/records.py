@@ -1,0 +1,65 @@
+"""What travels together through one training step of one layer. Affine and Running: kernels."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from ..comm import Communicator
+from ..kernels import Affine, Implementation, Running, Statistics, select_kernels
+from .mode import Mode
+
+
+class Options(NamedTuple):
+    """What a layer is told, beside its tensors."""
+
+    training: bool
+    eps: float
+    group: Any = None
+    reproducible: bool = False
+
+
+class Call(NamedTuple):
+    """One call of a layer, as the paths of dispatch.py take it.
+
+    lengths: (N,) where dimension 0 of input is no longer samples but their values that a mask left:
+    how many belong to each sample.
+    """
+
+    input: Tensor
+    affine: Affine
+    running: Running
+    options: Options
+    mode: Mode
+    comm: Communicator
+    lengths: Tensor | None = None
+
+    @property
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """All (C,) tensors."""
+        return self.running.mean, self.running.var, *self.affine
+
+
+class Part(NamedTuple):
+    """A local part of a batch: x (N, C, *), the parameters on its device, and what serves it.
+
+    A process has one, or one for each replica of a DataParallel.
+    """
+
+    kernels: Implementation
+    x: Tensor
+    affine: Affine
+
+
+class Normalised(NamedTuple):
+    """What backward needs of a part; statistics: those of all parts of all ranks."""
+
+    kernels: Implementation
+    x: Tensor
+    weight: Tensor | None
+    statistics: Statistics
+
+
+def part_of(x: Tensor, affine: Affine) -> Part:
+    return Part(select_kernels(x), x, affine)

@@ -1,0 +1,131 @@
+"""Replicas inside each rank of a group equal one process: all of them are one batch."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from in_threads import in_threads
+from replicas import TOLERANCE, images, nested
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+import syncbn
+
+SPLITS = [(6, 4), (1, 5), (0, 7), (2, 0)]  # one replica on a rank, or nothing to scatter
+
+
+def network() -> nn.Module:
+    torch.manual_seed(5)
+    return nested().double()
+
+
+def replicated(devices: int, **options) -> nn.Module:
+    return syncbn.DataParallel(syncbn.convert(network(), **options), ["cpu"] * devices)
+
+
+def weights(y: torch.Tensor, start: int) -> torch.Tensor:
+    """Of the loss: other numbers for each sample of the whole batch."""
+    numbers = torch.arange(y.numel(), dtype=y.dtype) + start * y[:1].numel()
+    return numbers.view(y.shape).sin() + 0.3
+
+
+def step(model: nn.Module, x: torch.Tensor, start: int, second: bool) -> list[torch.Tensor]:
+    """Output, input gradient, parameters' gradients and buffers after one step."""
+    x = x.clone().requires_grad_()
+    y = model(x)
+    loss = (y.sin() * weights(y, start)).sum()
+    if second:
+        (gradient,) = torch.autograd.grad(loss, x, create_graph=True)
+        loss = gradient.square().sum() + loss
+    loss.backward()
+    module = getattr(model, "module", model)
+    return [y.detach(), x.grad, *(p.grad for p in module.parameters()), *module.buffers()]
+
+
+@pytest.mark.parametrize("second", [False, True], ids=["first", "second"])
+@pytest.mark.parametrize("devices", [2, 3])
+@pytest.mark.parametrize("split", SPLITS, ids=str)
+def test_a_step_equals_one_process(ranks, split, devices, second):
+    x = images(sum(split))
+    alone = network()
+    y, dx, *expected = step(alone, x, 0, second)
+    parameters = len(list(alone.parameters()))
+
+    def train(rank):
+        return step(replicated(devices), x.split(split)[rank], sum(split[:rank]), second)
+
+    results = ranks(2, train)
+    outputs, inputs = (torch.cat([found[i] for found in results]) for i in (0, 1))
+    torch.testing.assert_close(outputs, y, **TOLERANCE)
+    torch.testing.assert_close(inputs, dx, **TOLERANCE)
+    for ours, its in zip(zip(*(r[2:] for r in results), strict=True), expected, strict=True):
+        if parameters > 0:
+            parameters -= 1
+            torch.testing.assert_close(sum(ours), its, **TOLERANCE)
+        else:
+            for one in ours:
+                torch.testing.assert_close(one, its, **TOLERANCE)
+
+
+def test_masks_and_the_function(ranks):
+    """A mask that is another on each replica; no layer, but the function in each."""
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(8, 2, 5, generator=generator, dtype=torch.float64)
+    mask = torch.rand(8, 5, generator=generator) > 0.4
+
+    class Function(nn.Module):
+        def forward(self, x, mask):
+            return syncbn.sync_batch_norm(x, None, None, mask=mask)
+
+    def normalise(rank):
+        layer = syncbn.DataParallel(syncbn.SyncBatchNorm1d(2).double(), ["cpu"] * 2)
+        function = syncbn.DataParallel(Function(), ["cpu"] * 2)
+        share = slice(0, 5) if rank == 0 else slice(5, 8)
+        return [run(x[share], mask[share]).detach() for run in (layer, function)]
+
+    expected = syncbn.sync_batch_norm(x, None, None, mask=mask)
+    for parts in zip(*ranks(2, normalise), strict=True):
+        torch.testing.assert_close(torch.cat(parts), expected, **TOLERANCE)
+
+
+def test_inside_distributed_data_parallel(ranks):
+    """Whose gradients are means over ranks, of replicas in each."""
+    x = images(8)
+    alone = network()
+    step(alone, x, 0, False)
+
+    def train(rank):
+        model = DistributedDataParallel(replicated(2))
+        share = x.split(4)[rank]
+        y = model(share)
+        (y.sin() * weights(y, 4 * rank)).sum().backward()
+        return [p.grad for p in model.parameters()]
+
+    for results in ranks(2, train):
+        for mine, its in zip(results, alone.parameters(), strict=True):
+            torch.testing.assert_close(2 * mine, its.grad, **TOLERANCE)
+
+
+def test_ranks_that_are_threads():
+    x = images(6)
+    y, dx, *_ = step(network(), x, 0, False)
+
+    def train(comm):
+        rank = comm.rank
+        return step(replicated(2, process_group=comm), x.split(3)[rank], 3 * rank, False)
+
+    results = in_threads(2, train)
+    torch.testing.assert_close(torch.cat([found[0] for found in results]), y, **TOLERANCE)
+    torch.testing.assert_close(torch.cat([found[1] for found in results]), dx, **TOLERANCE)
+
+
+def test_a_single_value_is_refused_on_every_rank(ranks):
+    def refused(rank):
+        model = syncbn.DataParallel(syncbn.SyncBatchNorm1d(2), ["cpu"] * 2)
+        with pytest.raises(ValueError, match=r"more than 1 value per channel when training, got"):
+            model(torch.ones(1 - rank, 2))
+        return copy.copy(model.module.num_batches_tracked)
+
+    assert ranks(2, refused) == [0, 0]
