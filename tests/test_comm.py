@@ -15,9 +15,9 @@ from syncbn.comm import LOCAL, Communicator, ProcessGroup, resolve
 
 
 class Ring(ProcessGroup):
-    """What more ranks than few use: torch's own collectives."""
+    """What more ranks than those of a direct exchange use: torch's own collectives."""
 
-    few = 0
+    direct_exchange_max_size = 0
 
 
 def on_workers(size, communicator):

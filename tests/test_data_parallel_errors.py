@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import syncbn
-from syncbn.comm import LOCAL, Crew
+from syncbn.comm import LOCAL, ReplicaGroup
 
 pytestmark = pytest.mark.usefixtures("no_hang")
 
@@ -193,10 +193,10 @@ def test_replicas_at_once_as_on_several_devices():
     def replica(rank):
         from syncbn.comm import Replica
 
-        return Replica(crew, rank)
+        return Replica(group, rank)
 
-    crew = Crew(["a", "b", "c"], in_turns=False)
-    for result in crew.run([at_once(rank, 50) for rank in range(3)]):
+    group = ReplicaGroup(["a", "b", "c"], in_turns=False)
+    for result in group.run([at_once(rank, 50) for rank in range(3)]):
         assert result.tolist() == [301.0, 301.0]
 
     def failing(rank):
@@ -208,9 +208,9 @@ def test_replicas_at_once_as_on_several_devices():
 
         return function
 
-    crew = Crew(["a", "b", "c"], in_turns=False)
+    group = ReplicaGroup(["a", "b", "c"], in_turns=False)
     with pytest.raises(Custom, match="in b"):
-        crew.run([failing(rank) for rank in range(3)])
+        group.run([failing(rank) for rank in range(3)])
 
 
 def test_a_thread_of_a_replica_cannot_call_its_layers():

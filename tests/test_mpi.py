@@ -23,9 +23,9 @@ from syncbn.comm import MPI
 
 
 class Tree(MPI):
-    """What more ranks than few use: a reduction and a broadcast."""
+    """What more ranks than those of a direct exchange use: a reduction and a broadcast."""
 
-    few = 0
+    direct_exchange_max_size = 0
 
 
 def check_contract(rank, kind):

@@ -289,7 +289,7 @@ def test_what_was_never_sent_is_nobody_elses_fault(ranks):
         for name in ("all_to_all_single", "all_gather"):
             original = getattr(dist, name)
             setattr(dist, name, Refused())
-            comm.few = 8 if name == "all_to_all_single" else 0
+            comm.direct_exchange_max_size = 8 if name == "all_to_all_single" else 0
             try:
                 comm.all_gather(torch.ones(2))
             except RuntimeError as error:

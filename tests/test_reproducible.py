@@ -27,9 +27,9 @@ def test_sums_are_exact_and_know_no_split(terms, data):
     def column(values):
         return torch.tensor(values, dtype=torch.float64).view(-1, 1)
 
-    whole = reproducible.total(reproducible.represent(column(terms)).unsqueeze(0))
-    parts = [reproducible.represent(column(part)) for part in (order[:cut], order[cut:])]
-    assert torch.equal(torch.stack(whole), torch.stack(reproducible.total(torch.stack(parts))))
+    whole = reproducible.finalise(reproducible.to_accumulator(column(terms)).unsqueeze(0))
+    parts = [reproducible.to_accumulator(column(part)) for part in (order[:cut], order[cut:])]
+    assert torch.equal(torch.stack(whole), torch.stack(reproducible.finalise(torch.stack(parts))))
     high, low = (Fraction(part.item()) for part in whole)
     largest = max(map(abs, terms), default=0)
     error = abs(high + low - sum(map(Fraction, terms)))
@@ -39,7 +39,7 @@ def test_sums_are_exact_and_know_no_split(terms, data):
 def test_what_is_not_finite_stays_in_its_column():
     inf, nan = float("inf"), float("nan")
     terms = torch.tensor([[nan, inf, inf, 1.0], [1.0, 2.0, -inf, 2.0]], dtype=torch.float64)
-    high, low = reproducible.total(reproducible.represent(terms).unsqueeze(0))
+    high, low = reproducible.finalise(reproducible.to_accumulator(terms).unsqueeze(0))
     torch.testing.assert_close(high, terms.sum(0), equal_nan=True)
     assert not low.any()
 
@@ -48,7 +48,7 @@ def test_what_is_not_finite_stays_in_its_column():
 def test_moments_are_right_at_any_mean(ratio):
     x = torch.randn(40, 3, dtype=torch.float64) + ratio
     samples = torch.stack([composite.measure(rows) for rows in x.split(8)])
-    sent = torch.stack([reproducible.represent_moments(part) for part in samples.split(2)])
+    sent = torch.stack([reproducible.moments_to_accumulator(part) for part in samples.split(2)])
     count, mean, m2 = reproducible.merge_moments(sent).split((1, 3, 3))
     expected = oracle.batch_norm(x, x)
     assert count == 40

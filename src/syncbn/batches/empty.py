@@ -68,7 +68,7 @@ class EmptyBatchError(RuntimeError):
 
 
 @contextmanager
-def named_failures(model: nn.Module) -> Iterator[None]:
+def name_failing_layer(model: nn.Module) -> Iterator[None]:
     """While open, errors of ``model``'s layers on empty input name the layer.
 
     Contexts may end in any order: the last one to end leaves the model as it was.

@@ -11,7 +11,7 @@ import torch
 import torch.nn as nn
 
 from ..comm import Communicator, resolve
-from .empty import named_failures, samples_in, without_samples
+from .empty import name_failing_layer, samples_in, without_samples
 from .transfer import packed, unpacked
 
 BatchT = TypeVar("BatchT")
@@ -125,7 +125,7 @@ class Steps(Generic[BatchT]):
                 if not all(row[2] for row in said):
                     self._agree_on_template(comm, [row[2] for row in said])
                 if not samples and self._model is not None and not watched:
-                    stack.enter_context(named_failures(self._model))
+                    stack.enter_context(name_failing_layer(self._model))
                     watched = True
                 yield content if state == _READY else self._template[0]
 

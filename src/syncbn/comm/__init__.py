@@ -8,17 +8,17 @@ from .base import Communicator, Local
 from .groups import subgroups
 from .mpi import MPI
 from .process_group import ProcessGroup, default_group, from_torch, refuse_join
-from .replicas import Crew, Replica, Unplaced, current_replica
+from .replicas import Replica, ReplicaGroup, Unplaced, current_replica
 from .threads import Threads, threads
 
 __all__ = [
     "LOCAL",
     "MPI",
     "Communicator",
-    "Crew",
     "Local",
     "ProcessGroup",
     "Replica",
+    "ReplicaGroup",
     "Threads",
     "Unplaced",
     "default_group",

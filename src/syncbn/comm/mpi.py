@@ -55,7 +55,8 @@ class MPI(Communicator):
         layer = syncbn.SyncBatchNorm(3, process_group=syncbn.comm.MPI())
     """
 
-    few = 8  # up to so many ranks, all_reduce gathers: one round instead of a tree up and down
+    # Up to so many ranks all_reduce gathers: one round instead of a tree up and down.
+    direct_exchange_max_size = 8
 
     def __init__(self, comm: Engine.Intracomm | None = None, *, timeout: float = 300.0) -> None:
         check_timeout("MPI", timeout)
@@ -81,7 +82,7 @@ class MPI(Communicator):
 
     def all_reduce(self, tensor: Tensor) -> Tensor:
         local = _on_cpu(tensor)
-        if self.size <= self.few or tensor.dtype not in self._types:
+        if self.size <= self.direct_exchange_max_size or tensor.dtype not in self._types:
             total = self._gathered("all_reduce", local).sum(0)
         else:
             total = self._reduced(local.clone())

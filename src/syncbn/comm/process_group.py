@@ -28,11 +28,11 @@ class ProcessGroup(Communicator):
     groups.py.
 
     A small message's time on the CPU is its rounds: gloo's all_gather passes it on from rank to
-    rank, its all_reduce does so twice. Up to ``few`` ranks each sends to each at once, one round
-    (benchmarks/collectives.py).
+    rank, its all_reduce does so twice. Up to ``direct_exchange_max_size`` ranks each sends to each
+    at once, one round (benchmarks/collectives.py).
     """
 
-    few = 8
+    direct_exchange_max_size = 8
 
     def __init__(self, group: dist.ProcessGroup) -> None:
         self.group = group
@@ -107,7 +107,7 @@ class ProcessGroup(Communicator):
         )
 
     def _direct(self, tensor: Tensor) -> bool:
-        return tensor.device.type == "cpu" and self.size <= self.few
+        return tensor.device.type == "cpu" and self.size <= self.direct_exchange_max_size
 
 
 class _Traced(ProcessGroup):

@@ -26,8 +26,8 @@ T = TypeVar("T")
 _thread = threading.local()
 
 
-class Crew:
-    """Runs one function per replica and brings them together where they :meth:`Replica.meet`.
+class ReplicaGroup:
+    """Runs one function per replica and brings them together where they :meth:`Replica.rendezvous`.
 
     Args:
         names: what errors call the replicas.
@@ -75,9 +75,9 @@ class Crew:
             self._failed[min(self._failed)].reraise()  # type: ignore[no-untyped-call]
         return [self._results[rank] for rank in range(len(threads))]
 
-    def arrive(self, rank: int, arrival: _Arrival) -> Any:
-        """What :meth:`Replica.meet` returns: the replica's share of the meeting's results."""
-        if getattr(_thread, "crew", None) is not self or (self._backward_may and _checkpointed()):
+    def rendezvous(self, rank: int, arrival: _Arrival) -> Any:
+        """What :meth:`Replica.rendezvous` returns: the replica's share of the meeting's results."""
+        if getattr(_thread, "group", None) is not self or (self._backward_may and _checkpointed()):
             raise RuntimeError(
                 f"{arrival.layer} of {self.names[rank]}: expected to run in the forward of its "
                 "replica, once, got a call from elsewhere or from a checkpoint; a replica's "
@@ -92,7 +92,7 @@ class Crew:
         return answer
 
     def _serve(self, rank: int, function: Callable[[], Any]) -> None:
-        _thread.crew, _thread.replica = self, Replica(self, rank)
+        _thread.group, _thread.replica = self, Replica(self, rank)
         recompute_here(self._recomputing)
         try:
             self._results[rank] = function()
@@ -145,19 +145,19 @@ class Crew:
 
 
 class Replica(Communicator):
-    """One replica's place in its crew, at one layer.
+    """One replica's place in its group, at one layer.
 
     outer: ranks of which each has replicas of its own, at the same layer.
     """
 
     def __init__(
         self,
-        crew: Crew,
+        group: ReplicaGroup,
         rank: int,
         layer: str = "sync_batch_norm",
         outer: Communicator | None = None,
     ) -> None:
-        self._crew, self._rank, self._layer = crew, rank, layer
+        self._group, self._rank, self._layer = group, rank, layer
         self.outer = outer or Local()
 
     @property
@@ -166,22 +166,22 @@ class Replica(Communicator):
 
     @property
     def size(self) -> int:
-        return len(self._crew.names)
+        return len(self._group.names)
 
     def over(self, outer: Communicator) -> Replica:
         """The same place, among the replicas of all ranks of ``outer``."""
-        return Replica(self._crew, self._rank, self._layer, outer)
+        return Replica(self._group, self._rank, self._layer, outer)
 
-    def meet(self, value: Any, together: Callable[[list[Any]], Sequence[Any]]) -> Any:
+    def rendezvous(self, value: Any, together: Callable[[list[Any]], Sequence[Any]]) -> Any:
         """This replica's share of ``together(values of all replicas, in order)``.
 
-        ``together`` runs once, in the thread and under the autograd modes of the crew's caller;
+        ``together`` runs once, in the thread and under the autograd modes of the group's caller;
         what it computes is differentiable with respect to every replica's tensors.
         """
-        return self._crew.arrive(self._rank, _Arrival(self._layer, value, together))
+        return self._group.rendezvous(self._rank, _Arrival(self._layer, value, together))
 
     def all_gather(self, tensor: Tensor) -> Tensor:
-        gathered: Tensor = self.meet(tensor, _stacks)
+        gathered: Tensor = self.rendezvous(tensor, _stacks)
         return gathered
 
     def all_reduce(self, tensor: Tensor) -> Tensor:

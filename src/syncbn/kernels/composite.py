@@ -156,7 +156,7 @@ def measure_samples(x: Tensor, lengths: Tensor | None) -> Tensor:
     """
     check_samples("measure_samples", x)
     packed = [measure(sample) for sample in _samples(x, lengths)]
-    return reproducible.represent_moments(torch.stack(packed))
+    return reproducible.moments_to_accumulator(torch.stack(packed))
 
 
 def merge_samples(received: Tensor) -> Tensor:
@@ -174,12 +174,12 @@ def gradient_sums_samples(
     check_samples("gradient_sums_samples", dy, x)
     pairs = zip(_samples(dy, lengths), _samples(x, lengths), strict=True)
     sums = [gradient_sums(*pair, statistics).flatten() for pair in pairs]
-    return reproducible.represent(torch.stack(sums))
+    return reproducible.to_accumulator(torch.stack(sums))
 
 
 def total_samples(received: Tensor) -> Tensor:
     """(Σdy, Σdy·x̂) per channel (2, C) of what W ranks' gradient_sums_samples gave (W, 6, 2C)."""
-    return reproducible.total(received)[0].view(2, -1)
+    return reproducible.finalise(received)[0].view(2, -1)
 
 
 def _samples(x: Tensor, lengths: Tensor | None) -> Sequence[Tensor]:

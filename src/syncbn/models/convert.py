@@ -20,7 +20,7 @@ from .data_parallel import DataParallel
 from .graphs import compiled_batch_norms
 from .names import names_of_modules
 from .quantisation import without_observers
-from .registry import Origin, is_candidate, stands_for, target_of
+from .registry import Origin, default_origin, is_candidate, target_of
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
@@ -175,7 +175,7 @@ def revert(module: ModuleT) -> ModuleT:
     for name, layer in module.named_modules():
         if not isinstance(layer, SyncBatchNorm):
             continue
-        origin = vars(layer).get("_origin") or stands_for(type(layer))
+        origin = vars(layer).get("_origin") or default_origin(type(layer))
         ours = origin and type(layer) in (origin.target, _materialised(origin.target))
         if origin is None or not ours or own_forward(layer) is not None:
             left_alone.append(_described(name, layer))

@@ -15,7 +15,7 @@ from torch.nn.parameter import is_lazy
 
 from ..batches.empty import forget_original
 from ..batches.scatter import gather, scatter
-from ..comm import LOCAL, Crew, Replica, resolve
+from ..comm import LOCAL, Replica, ReplicaGroup, resolve
 from ..layers.modules import SyncBatchNorm
 from ..tensors.storages import check_held
 from ..tensors.transforms import transforming
@@ -32,8 +32,9 @@ class DataParallel(nn.DataParallel[ModuleT]):
     outputs on the first device. Every syncbn layer normalises over all replicas: outputs, gradients
     of any order and running statistics are those of one device. Gradients land in the parameters of
     ``module``, running statistics in its buffers, once per forward. Plain BatchNorm layers are left
-    as they are; :func:`syncbn.convert` them. For speed, and beyond one machine, use
-    torch.nn.parallel.DistributedDataParallel.
+    as they are; :func:`syncbn.convert` them. In one of several ranks, the replicas of all ranks are
+    one batch, and torch.nn.parallel.DistributedDataParallel around this averages gradients; with
+    one device per process that is the faster one, too.
 
     In threads that a replica starts, a function or an unregistered layer normalises alone. Put
     activation checkpointing around the whole, ``checkpoint(parallel, x, use_reentrant=True)``: the
@@ -60,10 +61,9 @@ class DataParallel(nn.DataParallel[ModuleT]):
     Raises:
         TypeError, ValueError: no module, no devices; nested tensors or packed sequences for
             several devices; outputs that differ in structure; a layer that is ``reproducible``.
-        RuntimeError: parameters elsewhere or uninitialised; a layer that has a group of several
-            ranks; replicas that do not run the same synchronised layers in the same order;
-            activation checkpointing inside a replica. What a replica raises is raised with its
-            traceback, naming the replica, and with its type where that takes one message.
+        RuntimeError: parameters elsewhere or uninitialised; replicas that do not run the same
+            synchronised layers in the same order; activation checkpointing inside a replica. What
+            one raises names it, and keeps its traceback, and its type if that takes one message.
 
     Source: https://docs.pytorch.org/docs/stable/generated/torch.nn.DataParallel.html;
     https://github.com/vacancy/Synchronized-BatchNorm-PyTorch
@@ -171,15 +171,15 @@ def _run(
 ) -> list[Any]:
     """The outputs of replicas of ``module`` on ``devices``, given one's share each."""
     names = [f"replica {rank} on device {device}" for rank, device in enumerate(devices)]
-    crew = Crew(names, in_turns=len(set(devices)) < len(devices))
+    group = ReplicaGroup(names, in_turns=len(set(devices)) < len(devices))
     replicas = _replicate(module, devices)
     for rank, replica in enumerate(replicas):
         for name, layer in replica.named_modules():
             forget_original(layer)
             if isinstance(layer, SyncBatchNorm):
                 where = f"layer {name!r}" if name else "module"
-                group = module.get_submodule(name).process_group if layer.training else LOCAL
-                layer.process_group = Replica(crew, rank, where, resolve(group))
+                own = module.get_submodule(name).process_group if layer.training else LOCAL
+                layer.process_group = Replica(group, rank, where, resolve(own))
     places = [_place(device) for device in devices]
 
     def forward(rank: int) -> Any:
@@ -187,7 +187,7 @@ def _run(
             args, keywords = shares[rank]
             return replicas[rank](*args, **keywords)
 
-    return crew.run([partial(forward, rank) for rank in range(len(devices))])
+    return group.run([partial(forward, rank) for rank in range(len(devices))])
 
 
 def _place(device: torch.device) -> Callable[[], ExitStack]:

@@ -124,7 +124,7 @@ def _sharded(cls: type, sharding: type, target: type[SyncBatchNorm]) -> type[Syn
     return _SHARDED[cls, target]
 
 
-def stands_for(cls: type) -> Origin | None:
+def default_origin(cls: type) -> Origin | None:
     """What a layer built as ``cls`` reverts to: the first class registered to become it."""
     sources: dict[type, type[nn.Module]] = {}
     for source, target in _TARGETS.items():

@@ -33,13 +33,15 @@ _LOWEST = -31  # the lowest top: 2^(28·(−31 − 3)) = 2⁻⁹⁵² still has 
 NUMBERS = 1 + SLICES + 1  # of a representation: top, slices, sum of what is not finite
 
 
-def represent(terms: Tensor) -> Tensor:
+def to_accumulator(terms: Tensor) -> Tensor:
     """The representation (6, K) of the sums over dimension 0 of float64 terms (M, K)."""
     finite = terms.isfinite()
     rest = torch.where(finite, terms, 0.0)
-    odd = torch.where(finite, 0.0, terms).sum(0)
+    nonfinite = torch.where(finite, 0.0, terms).sum(0)
     if not len(terms):
-        return torch.cat((torch.full_like(odd, _LOWEST)[None], odd.expand(SLICES + 1, -1)))
+        return torch.cat(
+            (torch.full_like(nonfinite, _LOWEST)[None], nonfinite.expand(SLICES + 1, -1))
+        )
     largest = rest.abs().amax(0)
     _, exponent = torch.frexp(largest)  # largest < 2^exponent
     top = (exponent.to(terms.dtype) - 1).div(WIDTH, rounding_mode="floor")
@@ -50,14 +52,14 @@ def represent(terms: Tensor) -> Tensor:
         slices = (rest * _power_of_two(-bits)).trunc()
         rest = rest - slices * _power_of_two(bits)
         sums.append(slices.sum(0))
-    return torch.stack((top, *sums, odd))
+    return torch.stack((top, *sums, nonfinite))
 
 
-def total(sets: Tensor) -> tuple[Tensor, Tensor]:
+def finalise(sets: Tensor) -> tuple[Tensor, Tensor]:
     """The sums (K,) of all terms in W representations (W, 6, K), as a double and what it lacks."""
-    tops, slices, odd = sets[:, 0], sets[:, 1:-1], sets[:, -1].sum(0)
+    tops, slices, nonfinite = sets[:, 0], sets[:, 1:-1], sets[:, -1].sum(0)
     top = tops.amax(0)
-    high, low = odd, torch.zeros_like(odd)
+    high, low = nonfinite, torch.zeros_like(nonfinite)
     for place in range(SLICES):
         own = place - (top - tops)  # where a set keeps the slice of this place
         kept = slices.gather(1, own.clamp_min(0).long().unsqueeze(1)).squeeze(1)
@@ -67,7 +69,7 @@ def total(sets: Tensor) -> tuple[Tensor, Tensor]:
     return high, torch.where(high.isfinite(), low, 0.0)
 
 
-def represent_moments(samples: Tensor) -> Tensor:
+def moments_to_accumulator(samples: Tensor) -> Tensor:
     """What a rank sends of its samples' packed moments (N, 1 + 2C): (1 + 12C,).
 
     The count, and representations of Σ n·mean and of Σ (M2 + n·mean²), whose products go in whole.
@@ -76,9 +78,9 @@ def represent_moments(samples: Tensor) -> Tensor:
     n, mean, m2 = samples[:, :1], samples[:, 1 : 1 + channels], samples[:, 1 + channels :]
     sum_high, sum_low = _two_product(n, mean)
     square_high, square_low = _two_product(sum_high, mean)
-    firsts = represent(torch.cat((sum_high, sum_low)))
+    firsts = to_accumulator(torch.cat((sum_high, sum_low)))
     rest = torch.where(square_high.isfinite(), sum_low * mean, 0.0)  # never ∞ − ∞
-    seconds = represent(torch.cat((square_high, square_low, rest, m2)))
+    seconds = to_accumulator(torch.cat((square_high, square_low, rest, m2)))
     return torch.cat((n.sum().view(1), firsts.flatten(), seconds.flatten()))
 
 
@@ -87,7 +89,7 @@ def merge_moments(sets: Tensor) -> Tensor:
     count = sets[:, 0].sum()
     divisor = count.clamp_min(1)
     (sum_high, sum_low), (square_high, square_low) = (
-        total(half.reshape(len(half), NUMBERS, -1)) for half in sets[:, 1:].chunk(2, dim=1)
+        finalise(half.reshape(len(half), NUMBERS, -1)) for half in sets[:, 1:].chunk(2, dim=1)
     )
     mean = (sum_high + sum_low) / divisor
     # Σ(x − m)² = Σx² − m·(2·Σx − n·m) for any m, here the mean rounded to a double.
