@@ -89,6 +89,7 @@ lint: $(READY)
 	$(BIN)/ruff format --check
 	$(BIN)/clang-format --dry-run --Werror $(CXX_FILES)
 	$(BIN)/mypy
+	$(BIN)/python -m pytest tests/test_kernels.py -m slow -k mypy
 
 format: $(READY)
 	$(BIN)/ruff check --fix

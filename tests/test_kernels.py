@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
 import oracle
 import pytest
 import torch
@@ -293,3 +299,31 @@ def test_represented_samples_are_the_same_bits_everywhere():
     mean, m2 = merged[0][0, 1:].view(2, 200)
     assert m2[3:5].isnan().all()
     assert (mean[6], m2[6]) == (1e200, float("inf"))
+
+
+CHANGES = {
+    "native": ("def measure(x: Tensor)", "def measure(x: Tensor, more: int)"),
+    "composite": ("sums: Tensor\n) -> Tensor:", "total: Tensor\n) -> Tensor:"),
+}
+
+
+@pytest.mark.slow
+def test_mypy_compares_every_signature_with_the_interface(tmp_path):
+    """A parameter more, another name: neither passes for a kernel. Part of make lint."""
+    pytest.importorskip("mypy")
+    source = Path(kernels.__file__).parents[1]
+    shutil.copytree(
+        source, tmp_path / "syncbn", ignore=shutil.ignore_patterns("*.so", "__pycache__")
+    )
+    for name, (old, new) in CHANGES.items():
+        path = tmp_path / "syncbn" / "kernels" / f"{name}.py"
+        text = path.read_text()
+        assert old in text
+        path.write_text(text.replace(old, new, 1))
+    command = [sys.executable, "-m", "mypy", "--strict", "--python-version", "3.10"]
+    found = subprocess.run(
+        [*command, tmp_path / "syncbn" / "kernels"], capture_output=True, text=True, timeout=600
+    )
+    for name in CHANGES:
+        expected = rf'Argument 1 to "Implementation" has .*\n.*Module "syncbn.kernels.{name}"'
+        assert re.search(expected, found.stdout), found.stdout
