@@ -103,6 +103,9 @@ class SampleKernels(Protocol):
 class Fused(Protocol):
     """All steps of one process alone in two operators. Optional."""
 
+    def supports_others(self, affine: Affine, running: Running) -> bool:
+        """Whether it takes these beside a tensor that it supports: by where they are."""
+
     def batch_norm(
         self, x: Tensor, *, affine: Affine, running: Running, eps: float
     ) -> tuple[Tensor, Tensor]:

@@ -119,19 +119,17 @@ class SyncBatchNorm(_BatchNorm):
         self._check_input_dim(input)
         if mask is None and self._mask_sources:
             mask = resolve_mask(self._mask_sources, input)
-        mean, var, weight, bias = self._tensors()
+        mean, var, counter, weight, bias = self._tensors()
         if weight is None and mean is None:  # no tensor that would tell
             check_input(input)
             check_shape("statistics", (self.num_features,), input)
         training = self.training or (mean is None and var is None)
-        counter = None
-        if self.training:
-            if self.track_running_stats:
-                counter = self.num_batches_tracked
-            else:
-                if mean is not None:
-                    withhold(mean, self.num_batches_tracked)
-                mean = var = None
+        if not self.training:
+            counter = None
+        elif not self.track_running_stats:
+            if mean is not None:
+                withhold(mean, counter)
+            mean = var = counter = None
         affine, running = Affine(weight, bias), Running(mean, var, counter, self.momentum)
         group = self.process_group if self.training else LOCAL
         options = Options(training, self.eps, group, self.reproducible)
@@ -139,15 +137,16 @@ class SyncBatchNorm(_BatchNorm):
         return normalise(input, affine, running, options, mask, skipped)
 
     def _tensors(self) -> tuple[Tensor | None, ...]:
-        """(running_mean, running_var, weight, bias): by name each takes a microsecond to find."""
+        """Statistics, their counter, weight, bias: by name each takes a microsecond to find."""
         buffers, parameters = self._buffers, self._parameters
         try:
             return (
-                *(buffers["running_mean"], buffers["running_var"]),
+                *(buffers["running_mean"], buffers["running_var"], buffers["num_batches_tracked"]),
                 *(parameters["weight"], parameters["bias"]),
             )
         except KeyError:  # parametrised, or a replica's: an attribute of another kind
-            return self.running_mean, self.running_var, self.weight, self.bias
+            statistics = self.running_mean, self.running_var, self.num_batches_tracked
+            return *statistics, self.weight, self.bias
 
     def reset_running_stats(self) -> None:
         super().reset_running_stats()

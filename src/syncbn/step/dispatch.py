@@ -124,10 +124,15 @@ def _needs_own_kernels(call: Call) -> bool:
 
 def _mixes_dtypes(call: Call) -> bool:
     """Whether torch's operator refuses this mixture of dtypes, which our kernels take."""
-    dtypes = {tensor.dtype for tensor in call.tensors if tensor is not None}
-    if len(dtypes) != 1 or dtypes == {call.input.dtype}:
-        return len(dtypes) > 1
-    return dtypes != {torch.float32} or call.input.dtype == torch.float64
+    common, own = None, call.input.dtype
+    for tensor in call.tensors:
+        if tensor is not None:
+            if common is not None and tensor.dtype != common:
+                return True
+            common = tensor.dtype
+    if common is None or common == own:
+        return False
+    return common != torch.float32 or own == torch.float64
 
 
 def _normalise_reproducibly(call: Call) -> Tensor:

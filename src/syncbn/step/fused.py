@@ -14,7 +14,7 @@ from ..kernels import Affine, Fused, Running, Statistics, select_kernels
 from ..tensors.storages import check_held
 from .derivatives import differentiable_gradients
 from .function import parameter_gradients
-from .mode import find_backward_mode
+from .mode import is_differentiable
 
 
 def find_fused(x: Tensor, affine: Affine, running: Running) -> Fused | None:
@@ -23,16 +23,13 @@ def find_fused(x: Tensor, affine: Affine, running: Running) -> Fused | None:
     One running statistic without the other and a single value per channel are left to those who
     have an error for them.
     """
-    mean, var, batches, _ = running
-    if (mean is None) != (var is None):
+    if (running.mean is None) != (running.var is None):
         return None
     try:
-        device = x.device
-        for other in (mean, var, batches, *affine):  # a loop takes half the time of all()
-            if other is not None and other.device != device:
-                return None
         fused = select_kernels(x).fused
-        return fused if fused is not None and x.dim() > 1 and x.numel() > x.shape[1] else None
+        if fused is None or x.dim() < 2 or x.numel() <= x.shape[1]:
+            return None
+        return fused if fused.supports_others(affine, running) else None
     except AttributeError:  # no tensor
         return None
 
@@ -47,7 +44,7 @@ def normalise_fused(
         or (weight is not None and weight.requires_grad)
         or (bias is not None and bias.requires_grad)
     ):
-        result: Tensor = _apply(x, weight, bias, running, eps, fused)  # type: ignore[no-untyped-call]
+        result: Tensor = _apply(x, weight, bias, (affine, running, eps, fused))  # type: ignore[no-untyped-call]
         return result
     return fused.batch_norm(x, affine=affine, running=running, eps=eps)[0]
 
@@ -59,24 +56,22 @@ class _BatchNorm(torch.autograd.Function):
         x: Tensor,
         weight: Tensor | None,
         bias: Tensor | None,
-        running: Running,
-        eps: float,
-        fused: Fused,
+        rest: tuple[Affine, Running, float, Fused],
     ) -> Tensor:
-        affine = Affine(weight, bias)
-        y, saved = fused.batch_norm(x, affine=affine, running=running, eps=eps)
+        affine, running, ctx.eps, ctx.fused = rest
+        y, saved = ctx.fused.batch_norm(x, affine=affine, running=running, eps=ctx.eps)
         ctx.save_for_backward(x, weight)
         ctx.bias = bias  # for its dtype
         ctx.saved = saved  # made here, of nobody else's: need not be guarded by autograd
-        ctx.eps, ctx.fused = eps, fused
-        return y
+        result: Tensor = y
+        return result
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         wants_x, wants_weight, wants_bias = ctx.needs_input_grad[:3]
         dx = None
-        if find_backward_mode(dy).differentiable:
+        if is_differentiable(dy):
             check_held({"the output's gradient": dy, "input": x, "weight": weight})
             ((dx, sums),) = differentiable_gradients((dy,), (x,), (weight,), ctx.eps, LOCAL)
         elif wants_x:
@@ -84,14 +79,13 @@ class _BatchNorm(torch.autograd.Function):
             dx, dweight, dbias = ctx.fused.batch_norm_backward(
                 dy, x, affine=affine, saved=ctx.saved
             )
-            parameters = (dweight if wants_weight else None, dbias if wants_bias else None)
-            return dx, *parameters, None, None, None
+            return dx, dweight if wants_weight else None, dbias if wants_bias else None, None
         else:
             mean, invstd = ctx.saved
             statistics = Statistics(mean, invstd, count=mean)  # which the sums don't take
             sums = select_kernels(x).steps.gradient_sums(dy, x, statistics)
         wanted = Affine(weight if wants_weight else None, ctx.bias if wants_bias else None)
-        return dx, *parameter_gradients(sums, wanted), None, None, None
+        return dx, *parameter_gradients(sums, wanted), None
 
 
 # Function.apply looks first for torch.func, which does not come here: half a microsecond.

@@ -24,13 +24,22 @@ class Mode(NamedTuple):
     silent: bool
 
 
+# The usual ones need not be made in every call.
+_TRAINING = Mode(False, False, False, transforming=False, silent=False)
+_EVAL = Mode(False, False, False, transforming=False, silent=True)
+
+
 def find_mode(input: Tensor, training: bool) -> Mode:
     """The mode of a forward. input: whatever a user gave as that."""
     tracing: bool = torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
     compiling = torch.compiler.is_compiling()
+    within = training and transforming()
+    meta = isinstance(input, Tensor) and input.is_meta
+    if not (tracing or compiling or within or meta):
+        return _TRAINING if training else _EVAL
     exporting = compiling and torch.compiler.is_exporting()
-    silent = not training or tracing or exporting or (isinstance(input, Tensor) and input.is_meta)
-    return Mode(tracing, compiling, exporting, training and transforming(), silent)
+    silent = not training or tracing or exporting or meta
+    return Mode(tracing, compiling, exporting, within, silent)
 
 
 class BackwardMode(NamedTuple):
@@ -44,9 +53,16 @@ class BackwardMode(NamedTuple):
     transforming: bool
 
 
+_COMPILED = BackwardMode(True, False, False)
+
+
 def find_backward_mode(dy: Tensor) -> BackwardMode:
     """The mode of a backward that was given dy."""
     if torch.compiler.is_compiling():
-        return BackwardMode(True, False, False)
-    within = batched_or_transforming(dy)
-    return BackwardMode(False, within or torch.is_grad_enabled(), within)
+        return _COMPILED
+    return BackwardMode(False, is_differentiable(dy), batched_or_transforming(dy))
+
+
+def is_differentiable(dy: Tensor) -> bool:
+    """The same as the mode's, where nothing compiles."""
+    return torch.is_grad_enabled() or batched_or_transforming(dy)
