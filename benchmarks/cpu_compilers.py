@@ -34,6 +34,7 @@ from cpu_picture import report
 from layer import LAYOUTS
 
 from syncbn.kernels import native
+from syncbn.kernels.interface import Affine, Running
 
 sys.path.append(str(Path(__file__).parents[1] / "tests/native"))
 import compilers
@@ -61,12 +62,12 @@ def operators(case: Case) -> dict[str, Callable[[], Any]]:
     x = torch.randn(case.shape, dtype=getattr(torch, case.dtype))
     x = x.contiguous(memory_format=LAYOUTS[case.layout])
     dy, channels = torch.randn_like(x), case.shape[1]
-    affine = torch.ones(channels), torch.zeros(channels)
-    running = torch.zeros(channels), torch.ones(channels), torch.tensor(0)
-    _, saved = native.batch_norm(x, *affine, *running, 0.1, 1e-5)
+    affine = Affine(torch.ones(channels), torch.zeros(channels))
+    running = Running(torch.zeros(channels), torch.ones(channels), torch.tensor(0), 0.1)
+    _, saved = native.batch_norm(x, affine=affine, running=running, eps=1e-5)
     return {
-        "forward": lambda: native.batch_norm(x, *affine, *running, 0.1, 1e-5),
-        "backward": lambda: native.batch_norm_backward(dy, x, *affine, saved),
+        "forward": lambda: native.batch_norm(x, affine=affine, running=running, eps=1e-5),
+        "backward": lambda: native.batch_norm_backward(dy, x, affine=affine, saved=saved),
     }
 
 
@@ -108,7 +109,7 @@ def process(path: Path) -> Iterator[Connection]:
         near.send(None)
         worker.join()
     except EOFError:
-        raise click.ClickException(f"the process that ran {path} has ended, see above") from None
+        raise click.ClickException("a process that ran a library has ended, see above") from None
     finally:
         worker.kill()
 
