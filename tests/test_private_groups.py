@@ -190,6 +190,22 @@ def test_one_clone_for_each_group_as_it_was_made(ranks):
     ranks(2, run)
 
 
+def test_a_timeout_that_is_changed_later(ranks):
+    def run(rank):
+        group, cpu = dist.new_group([0, 1], use_local_synchronization=True), torch.device("cpu")
+        layer, found = syncbn.SyncBatchNorm1d(2, process_group=group), []
+        for seconds in (None, 43, None, 44):
+            if seconds is not None:
+                timeout = datetime.timedelta(seconds=seconds)
+                dist.distributed_c10d._set_pg_timeout(timeout, group)
+            layer(torch.randn(2, 2))
+            clone = private(group)
+            found.append(clone._get_backend(cpu).options._timeout.total_seconds())
+        return found
+
+    assert ranks(2, run) == [[1800, 43, 43, 44]] * 2
+
+
 def test_sub_groups_of_group_size_are_ours_already(ranks):
     def run(rank):
         model = syncbn.convert(nn.BatchNorm1d(2), group_size=2)
@@ -230,10 +246,10 @@ BEGIN = """
 import datetime, os, sys, torch, torch.distributed as dist, syncbn
 rank, folder = int(os.environ["RANK"]), sys.argv[1]
 
-def start(number):
+def start(number, **options):
     dist.init_process_group(
         "gloo", init_method=f"file://{folder}/store{number}", rank=rank, world_size=2,
-        timeout=datetime.timedelta(seconds=60),
+        timeout=datetime.timedelta(seconds=60), **options,
     )
 
 start(1)
@@ -371,3 +387,29 @@ def test_what_is_said_of_peers_and_groups_that_are_gone(tmp_path, program):
     heard = execute(BEGIN + PROGRAMS[program], str(tmp_path), ranks=2)
     for rank, texts in SAYS[program].items():
         assert all(text in heard[rank].stdout for text in texts), heard
+
+
+# Wrapped, with a check of every call; bound to a device, which torch refuses where there is none.
+OTHERWISE = {
+    "debug": "dist.set_debug_level_from_env(); start(1)",
+    "device": "start(1); dist.group.WORLD.bound_device_id = torch.device('cuda', 0)",
+}
+TRAINS = """
+group = dist.new_group([0, 1])
+for given in (None, group):
+    layer = syncbn.SyncBatchNorm1d(2, momentum=1.0, process_group=given)
+    layer(torch.full((2, 2), float(rank), requires_grad=True)).square().sum().backward()
+    assert layer.running_mean.tolist() == [0.5] * 2
+dist.distributed_c10d._set_pg_timeout(datetime.timedelta(seconds=40))
+syncbn.SyncBatchNorm1d(2)(torch.randn(2, 2))
+dist.destroy_process_group()
+print("trained")
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("otherwise", OTHERWISE)
+def test_groups_that_torch_makes_otherwise(tmp_path, otherwise):
+    program = BEGIN.replace("\nstart(1)\n", f"\n{OTHERWISE[otherwise]}\n") + TRAINS
+    heard = execute(program, str(tmp_path), ranks=2, TORCH_DISTRIBUTED_DEBUG="DETAIL")
+    assert ["trained" in rank.stdout for rank in heard] == [True, True], heard

@@ -28,20 +28,20 @@ def private(group: dist.ProcessGroup) -> dist.ProcessGroup:
     """The group for the messages of layers that were given ``group``; ours are private already.
 
     The first call makes it, on every rank of ``group`` together and on no other: with the same
-    ranks, backend, options and timeout. It lives as long as ``group`` does.
+    ranks, backend and options, and the timeout that ``group`` has now. It lives as long as that.
     """
     clone = _CLONES.get(group)
     if clone is not None:
-        return clone
+        return clone.in_time()
     if group in _OURS:
         return group
     with _tables:
         making = _MAKING.setdefault(group, threading.Lock())
     with making:  # of each group by itself: its ranks wait for each other
         if group not in _CLONES:  # no other thread has made it meanwhile
-            clone = _CLONES[group] = _cloned(group)
-            weakref.finalize(group, _free, clone).atexit = False
-        return _CLONES[group]
+            clone = _CLONES[group] = _Clone(group, _cloned(group))
+            weakref.finalize(group, _free, clone.group).atexit = False
+        return _CLONES[group].group
 
 
 def name_in_graphs(group: dist.ProcessGroup) -> str:
@@ -92,12 +92,40 @@ def _cloned(group: dist.ProcessGroup) -> dist.ProcessGroup:
     return clone
 
 
+class _Clone:
+    """A group and what tells the time that it waits: torch's groups may be told another."""
+
+    def __init__(self, parent: dist.ProcessGroup, group: dist.ProcessGroup) -> None:
+        self.group = group
+        self._timed = [
+            (theirs.options, ours.options, ours)
+            for theirs, ours in zip(_backends(parent), _backends(group), strict=True)
+            if getattr(theirs, "options", None) is not None
+        ]
+
+    def in_time(self) -> dist.ProcessGroup:
+        """The group, with the timeout that its parent has now. Takes a microsecond."""
+        for theirs, ours, backend in self._timed:
+            timeout = theirs._timeout
+            if timeout != ours._timeout:
+                backend._set_default_timeout(timeout)
+        return self.group
+
+
+def _backends(group: dist.ProcessGroup) -> list[Any]:
+    return [_unwrapped(group._get_backend(device)) for device in group._device_types]
+
+
+def _unwrapped(backend: Any) -> Any:
+    while hasattr(backend, "wrapped_pg"):  # TORCH_DISTRIBUTED_DEBUG=DETAIL
+        backend = backend.wrapped_pg
+    return backend
+
+
 def _settings(group: dist.ProcessGroup) -> tuple[Any, timedelta | None]:
     """A copy of what the group's backend was made with, where it can be copied; its timeout."""
     device = next((d for d in group._device_types if d.type != "cpu"), torch.device("cpu"))
-    backend = group._get_backend(device)
-    while hasattr(backend, "wrapped_pg"):  # TORCH_DISTRIBUTED_DEBUG=DETAIL
-        backend = backend.wrapped_pg
+    backend = _unwrapped(group._get_backend(device))
     options: Any = getattr(backend, "options", None)
     timeout = getattr(options, "_timeout", None)
     try:
@@ -167,9 +195,7 @@ def subgroups(size: int) -> Any:
 
 
 # Weak, so that nothing outlives destroy_process_group for these tables' sake.
-_CLONES: weakref.WeakKeyDictionary[dist.ProcessGroup, dist.ProcessGroup] = (
-    weakref.WeakKeyDictionary()
-)
+_CLONES: weakref.WeakKeyDictionary[dist.ProcessGroup, _Clone] = weakref.WeakKeyDictionary()
 _MADE: weakref.WeakKeyDictionary[dist.ProcessGroup, dict[int, weakref.ref[dist.ProcessGroup]]] = (
     weakref.WeakKeyDictionary()
 )
