@@ -154,6 +154,27 @@ def test_traces_among_ranks_record_plain_batch_norm(ranks):
     close(exported, network()(X))
 
 
+def test_masks_are_exported_in_eval_mode():
+    mask = torch.ones(4, 6, 6, dtype=torch.bool)
+    mask[:, :, 4:] = False
+    x = torch.randn(4, 3, 6, 6)
+    model = syncbn.convert(nn.Sequential(nn.BatchNorm2d(3)))
+    with syncbn.masking(model, mask):
+        with pytest.raises(Exception, match="data-dependent"):
+            torch.export.export(model, (x,))
+        program = torch.export.export(model.eval(), (x,)).module()
+        expected = model(x + 1)
+    close(program(x + 1), expected)
+    assert not expected[..., 4:].any()
+
+
+def test_a_program_that_trains_skips_no_batch():
+    model = syncbn.convert(nn.Sequential(nn.BatchNorm2d(3)), skip_nonfinite=True)
+    program = torch.export.export(model, (torch.randn(4, 3, 2, 2),)).module()
+    program(torch.full((4, 3, 2, 2), torch.inf))
+    assert dict(program.named_buffers())["0.running_mean"].isinf().all()
+
+
 @pytest.mark.parametrize("training", [True, False])
 def test_a_reverted_model_scripts(training):
     scripted, plain = torch.jit.script(reverted()).train(training), network().train(training)
