@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
+from compiling import BACKENDS, compiled
 from layers import Silent
 from torch import nn
 
@@ -246,3 +249,70 @@ def test_a_shard_of_a_dtensor(ranks):
         refused(lambda: layer(x), "input")
 
     ranks(2, run)
+
+
+def restored(tensor, value):
+    tensor.untyped_storage().resize_(value.untyped_storage().nbytes())
+    tensor.data.copy_(value)  # as it was: what autograd saved of it has not changed
+
+
+GRAPHS = {
+    "plain": {},
+    "cumulative": {"momentum": None},
+    "skipping": {"skip_nonfinite": True},
+    "reproducible": {"reproducible": True},
+}
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("chosen", ["native", "composite"])
+@pytest.mark.parametrize(
+    "options", ["plain", *(pytest.param(name, marks=pytest.mark.slow) for name in list(GRAPHS)[1:])]
+)
+def test_in_a_graph_over_ranks(ranks, backend, chosen, options):
+    """Before any message: the rank's next try meets the others' first."""
+    if chosen == "native" and not native.available():
+        pytest.skip(native.unavailable())
+
+    def harmed(rank, tensor, name, call):
+        value = tensor.detach().clone()
+        if rank == 1:
+            shrink(tensor)
+            refused(call, name)
+            restored(tensor, value)
+        return call()
+
+    def run(rank):
+        kernels._choice = native.unavailable() or chosen
+        layer, plain = (syncbn.SyncBatchNorm2d(3, **GRAPHS[options]) for _ in range(2))
+        call, counter = compiled(layer, backend)
+        tensors = dict(layer.named_parameters()) | dict(layer.named_buffers())
+        given = ["input", *tensors]
+        try:
+            for name in given:
+                x, dy = (torch.randn(4, 3, 2, 2) for _ in range(2))
+                x.requires_grad_()
+                y = harmed(rank, tensors.get(name, x.detach()), name, partial(call, x))
+                back = partial(torch.autograd.grad, y, x, dy, retain_graph=True)
+                (dx,) = back()
+                if name in ("input", "weight"):
+                    harmed(rank, tensors.get(name, x.detach()), name, back)
+                expected = plain(x)
+                torch.testing.assert_close(y, expected)
+                torch.testing.assert_close(dx, torch.autograd.grad(expected, x, dy)[0])
+                torch.testing.assert_close(layer.state_dict(), plain.state_dict())
+        finally:
+            kernels._choice = None
+        return counter.frame_count
+
+    assert ranks(2, run, timeout=300) == [1, 1]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", ["running_mean", "running_var", "num_batches_tracked"])
+def test_in_a_graph_on_one_process(backend, name):
+    layer, x, tensors = layer_and_tensors()
+    call, _ = compiled(layer, backend)
+    call(x)  # torch reads the counter when it traces
+    free(tensors[name])
+    refused(lambda: call(x), name)

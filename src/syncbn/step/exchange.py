@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
 from ..comm import Communicator
-from ..kernels import composite
-from ..numerics.moments import merge, stacked, unpack
+from ..kernels import Running, composite
+from ..numerics.moments import merge, stacked, unpack, wide_dtype
 from ..tensors.layout import samplewise_contiguous
+from ..tensors.storages import held_in_graph
 from .records import Normalised, Part
 
 
@@ -41,10 +43,14 @@ class Exchange:
     def __init__(self, comm: Communicator) -> None:
         self.comm = comm
 
-    def gather(self, parts: Sequence[Part], wants_gradient: bool) -> Gathered:
-        """What all ranks measured. parts: this rank's."""
+    def gather(self, parts: Sequence[Part], wants_gradient: bool, running: Running) -> Gathered:
+        """What all ranks measured. parts: this rank's; running: what is to move afterwards."""
         # A header of one number before the payload.
-        sent = pad(self._measure(parts), (1, 0), value=float(wants_gradient))
+        if torch.compiler.is_compiling():
+            header = _header_in_graph(parts[0], wants_gradient, running)
+            sent = torch.cat((header, self._measure(parts)))
+        else:
+            sent = pad(self._measure(parts), (1, 0), value=float(wants_gradient))
         received = self.comm.all_gather(sent)
         return Gathered(self._merged(parts, received[:, 1:]), received[:, 0])
 
@@ -65,6 +71,15 @@ class Exchange:
     def _merged(self, parts: Sequence[Part], received: Tensor) -> Tensor:
         """Packed moments (k, 1 + 2C) of what all ranks told (W, *)."""
         return received
+
+
+def _header_in_graph(part: Part, wants_gradient: bool, running: Running) -> Tensor:
+    """The header, before which all is seen to be held that is read after the message."""
+    x, (weight, bias) = part.x, part.affine
+    header = x.new_full((1,), float(wants_gradient), dtype=wide_dtype(x.device))
+    read = {"input": x, "weight": weight, "bias": bias}
+    moved = {"running_mean": running.mean, "running_var": running.var}
+    return held_in_graph({"header": header}, read | moved)[0]
 
 
 class ReproducibleExchange(Exchange):

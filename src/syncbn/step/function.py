@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..kernels import Affine, Implementation, Running, Statistics
-from ..tensors.storages import check_held
+from ..tensors.storages import check_held, held_in_graph
 from .checks import refuse_single_value
 from .derivatives import differentiable_gradients, with_bits
 from .exchange import Exchange, Gathered
@@ -60,7 +60,7 @@ class _SyncBatchNorm(torch.autograd.Function):
         running = Running(*rest[:4])
         each = zip(kernels, _groups(rest[4:], 3), strict=True)
         parts = [Part(k, x, Affine(*affine)) for k, (x, *affine) in each]
-        gathered = exchange.gather(parts, wants_gradient)
+        gathered = exchange.gather(parts, wants_gradient, running)
         _check_count(parts, gathered, exchange, wants_gradient)
         ys, statistics = [], []
         for k, x, affine in parts:
@@ -84,7 +84,9 @@ class _SyncBatchNorm(torch.autograd.Function):
         each = zip(ctx.kernels, _groups(saved, 5), strict=True)
         parts = [Normalised(k, x, weight, Statistics(*found)) for k, (x, weight, *found) in each]
         mode = find_backward_mode(dys[0])
-        if not mode.compiling:  # before any message
+        if mode.compiling:
+            parts = [_held_in_graph(parts[0], dys[0])]
+        else:  # before any message
             for part, dy in zip(parts, dys, strict=True):
                 check_held({"the output's gradient": dy, "input": part.x, "weight": part.weight})
                 check_held(part.statistics._asdict())
@@ -105,6 +107,14 @@ class _SyncBatchNorm(torch.autograd.Function):
             affine = Affine(part.weight if wants_weight else None, bias if wants_bias else None)
             gradients += dx, *parameter_gradients(sums, affine)
         return *(None,) * _FIRST, *gradients
+
+
+def _held_in_graph(part: Normalised, dy: Tensor) -> Normalised:
+    """The part, of whose tensors nothing is read in a graph before all are seen to be held."""
+    k, x, weight, (mean, invstd, count) = part
+    read = {"the output's gradient": dy, "input": x, "weight": weight, "count": count}
+    mean, invstd = held_in_graph({"mean": mean, "invstd": invstd}, read)
+    return Normalised(k, x, weight, Statistics(mean, invstd, count))
 
 
 def _groups(items: Sequence[Any], size: int) -> list[Sequence[Any]]:

@@ -16,6 +16,8 @@ from ..tensors.recomputation import moves, moves_in_graph
 from ..tensors.storages import is_dtensor
 from .mode import Mode
 
+_NAMES = ("running_mean", "running_var", "num_batches_tracked", "num_batches_skipped")
+
 
 class _Batch(NamedTuple):
     """What a batch would move: its mean and unbiased variance, and how often: once, or not yet."""
@@ -37,7 +39,7 @@ def begin_update(
     by nothing. A compiled graph that was traced in the first forward runs in the second, too. So it
     moves copies, and asks whenever it runs whether to keep them.
     """
-    mean, var, batches, momentum = running
+    mean, var, batches, _ = running
     key = batches if mean is None else mean
     if mode.tracing or mean is None:
         skipped = None
@@ -49,25 +51,33 @@ def begin_update(
     elif key is None or mode.exporting:
         return running, None
     else:
-        first = _first_in_graph(key)
+        first, copies = _in_graph(running, skipped)
     if skipped is not None and mean is not None:
         batch = _nothing_yet(mean, mean if var is None else var)
         return Running(*batch, 1.0), partial(_follow_if_finite, running, batch, first, skipped)
     if isinstance(first, Tensor):
-        copies = Running(_copy(mean), _copy(var), _copy(batches), momentum)
         return copies, partial(_keep_if_first, running, copies, first)
     return Running(mean, var), None
 
 
-def _first_in_graph(key: Any) -> Tensor:
-    if not is_dtensor(key):
-        plain: Tensor = moves_in_graph(key, torch.is_grad_enabled())
-        return plain
-    from torch.distributed.tensor import DTensor, Replicate
+def _in_graph(running: Running, skipped: Any) -> tuple[Tensor, Running]:
+    """Whether a graph's forward moves the statistics, and copies of them to move."""
+    named = dict(zip(_NAMES, (*running[:3], skipped), strict=True))
+    given = {name: tensor for name, tensor in named.items() if tensor is not None}
+    copies: list[Tensor]
+    if not any(map(is_dtensor, given.values())):
+        first, *copies = moves_in_graph(given, torch.is_grad_enabled())
+    else:
+        from torch.distributed.tensor import DTensor, Replicate
 
-    mesh, here = key.device_mesh, moves_in_graph(key.to_local(), torch.is_grad_enabled())
-    first: Tensor = DTensor.from_local(here, mesh, [Replicate()] * mesh.ndim, run_check=False)
-    return first
+        mesh = next(tensor.device_mesh for tensor in given.values() if is_dtensor(tensor))
+        here = {name: t.to_local() if is_dtensor(t) else t for name, t in given.items()}
+        first, *_ = moves_in_graph(here, torch.is_grad_enabled())
+        first = DTensor.from_local(first, mesh, [Replicate()] * mesh.ndim, run_check=False)
+        copies = [tensor.detach().clone() for tensor in given.values()]
+    found = dict(zip(given, copies, strict=True))
+    mean, var, batches = (found.get(name) for name in _NAMES[:3])
+    return first, Running(mean, var, batches, running.momentum)
 
 
 def skips_nonfinite(layer: nn.Module) -> bool:
@@ -84,10 +94,6 @@ def skip_nonfinite(layer: nn.Module, skip: bool) -> None:
         like = torch.zeros(()) if tracked is None else tracked
         skipped = torch.zeros_like(like, dtype=torch.int64)
         layer.register_buffer("num_batches_skipped", skipped, persistent=False)
-
-
-def _copy(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.detach().clone()
 
 
 def _keep_if_first(running: Running, copies: Running, first: Tensor) -> None:

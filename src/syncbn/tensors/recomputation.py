@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import threading
 from collections.abc import MutableMapping
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
+
+from .storages import check_held, define
 
 
 class _Thread(threading.local):
@@ -19,7 +22,8 @@ class _Thread(threading.local):
 
 
 _thread = _Thread()
-# running_mean → how many second forwards are to move it
+# running_mean → how many forwards, of checkpoints as far as one can tell, were told not to move it:
+# as many second ones may
 _owed: MutableMapping[Tensor, int] = WeakTensorKeyDictionary()
 _entries: dict[object, int] = _owed.data  # type: ignore[attr-defined]  # tells sooner if there are any
 
@@ -64,19 +68,31 @@ def _in_checkpoint() -> bool:
     return hooked or not torch.is_grad_enabled()
 
 
-@torch.library.custom_op("syncbn::moves", mutates_args=())
-def moves_in_graph(running_mean: Tensor, saves: bool) -> Tensor:
-    """:func:`moves` as a bool (), asked when a graph runs, not when it is traced.
+def moves_in_graph(statistics: dict[str, Tensor], saves: bool) -> list[Tensor]:
+    """:func:`moves` of the first one as a bool (), and copies of all, which must be held.
 
-    saves: whether gradients were enabled when it was traced; while it runs they may not be.
+    Both when a graph runs, not when it is traced. saves: whether gradients were enabled when it was
+    traced; while it runs they may not be.
     """
+    found: list[Tensor] = torch.ops.syncbn.moves.default(
+        list(statistics.values()), list(statistics), saves
+    )
+    return found
+
+
+def _moves(statistics: list[Tensor], names: list[str], saves: bool) -> list[Tensor]:
+    check_held(dict(zip(names, statistics, strict=True)))
     with torch.set_grad_enabled(saves):
-        return torch.full((), moves(running_mean), device=running_mean.device)
+        first = torch.full((), moves(statistics[0]), device=statistics[0].device)
+    return [first, *(tensor.clone() for tensor in statistics)]
 
 
-@moves_in_graph.register_fake
-def _(running_mean: Tensor, saves: bool) -> Tensor:
-    return torch.empty((), dtype=torch.bool, device=running_mean.device)
+def _shapes(statistics: list[Tensor], *_: Any) -> list[Tensor]:
+    first = torch.empty((), dtype=torch.bool, device=statistics[0].device)
+    return [first, *(torch.empty_like(tensor) for tensor in statistics)]
+
+
+define("moves(Tensor[] statistics, str[] names, bool saves) -> Tensor[]", _moves, _shapes)
 
 
 # A graph leaves out an operator that changes nothing: this one says that it changes the counter.

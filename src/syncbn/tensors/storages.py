@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,6 +32,46 @@ def check_held(named: dict[str, Tensor | None], operation: str = "sync_batch_nor
                 "was freed or shrunk, as sharding and offloading do: gather it or bring it back "
                 "first"
             )
+
+
+def held_in_graph(
+    copied: dict[str, Tensor], others: dict[str, Tensor | None] | None = None
+) -> list[Tensor]:
+    """Copies of tensors, made in a compiled graph once they and the others were seen to be held.
+
+    A graph is free to read what does not depend on this before it. DTensors aren't looked at, nor
+    is what an exported program, which runs without syncbn, will be given.
+    """
+    if torch.compiler.is_exporting() or any(map(is_dtensor, copied.values())):
+        return [tensor.clone() for tensor in copied.values()]
+    given = {name: tensor for name, tensor in (others or {}).items() if tensor is not None}
+    copies: list[Tensor] = torch.ops.syncbn.held.default(
+        list(copied.values()), list(given.values()), [*copied, *given]
+    )
+    return copies
+
+
+def _held(copied: list[Tensor], others: list[Tensor], names: list[str]) -> list[Tensor]:
+    check_held(dict(zip(names, (*copied, *others), strict=True)))
+    return [tensor.clone() for tensor in copied]
+
+
+_library = torch.library.Library("syncbn", "FRAGMENT")  # type: ignore[no-untyped-call]
+
+
+def define(schema: str, function: Callable[..., Any], shapes: Callable[..., Any]) -> None:
+    """Make a Python function an operator of graphs, in a fifth of the time of a custom_op()."""
+    name = schema.partition("(")[0]
+    _library.define(schema)  # type: ignore[no-untyped-call]
+    _library.impl(name, function, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
+    torch.library.register_fake(f"syncbn::{name}", shapes, lib=_library)
+
+
+define(
+    "held(Tensor[] copied, Tensor[] others, str[] names) -> Tensor[]",
+    _held,
+    lambda copied, *_: [torch.empty_like(tensor) for tensor in copied],
+)
 
 
 def _innermost(tensor: Tensor) -> Tensor:
