@@ -21,8 +21,8 @@ def network() -> nn.Module:
     return nested().double()
 
 
-def replicated(devices: int, **options) -> nn.Module:
-    return syncbn.DataParallel(syncbn.convert(network(), **options), ["cpu"] * devices)
+def replicated(devices: int) -> nn.Module:
+    return syncbn.DataParallel(syncbn.convert(network()), ["cpu"] * devices)
 
 
 def weights(y: torch.Tensor, start: int) -> torch.Tensor:
@@ -112,13 +112,87 @@ def test_ranks_that_are_threads():
     x = images(6)
     y, dx, *_ = step(network(), x, 0, False)
 
+    networks = [network() for _ in range(2)]  # whose seed is the process's
+
     def train(comm):
         rank = comm.rank
-        return step(replicated(2, process_group=comm), x.split(3)[rank], 3 * rank, False)
+        model = syncbn.DataParallel(syncbn.convert(networks[rank], comm), ["cpu"] * 2)
+        return step(model, x.split(3)[rank], 3 * rank, False)
 
     results = in_threads(2, train)
     torch.testing.assert_close(torch.cat([found[0] for found in results]), y, **TOLERANCE)
     torch.testing.assert_close(torch.cat([found[1] for found in results]), dx, **TOLERANCE)
+
+
+def test_the_function_with_a_group(ranks):
+    """Given in words or found: the replicas of all its ranks."""
+    x = images(7).flatten(2)
+    expected = nn.functional.batch_norm(x, None, None, training=True)
+
+    class Function(nn.Module):
+        def forward(self, x):
+            return syncbn.sync_batch_norm(x, None, None, group=torch.distributed.group.WORLD)
+
+    def normalise(rank):
+        return syncbn.DataParallel(Function(), ["cpu"] * 2)(x.split((4, 3))[rank])
+
+    torch.testing.assert_close(torch.cat(ranks(2, normalise)), expected, **TOLERANCE)
+
+
+def test_what_is_refused_is_refused_on_every_rank(ranks):
+    """Also on a rank whose batch is enough for one replica only."""
+
+    class Checkpointed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm = syncbn.SyncBatchNorm1d(2)
+
+        def forward(self, x):
+            return torch.utils.checkpoint.checkpoint(self.norm, x, use_reentrant=False)
+
+    def refused(rank):
+        x = torch.randn(1 + 3 * rank, 2, requires_grad=True)
+        reproducible = syncbn.SyncBatchNorm1d(2, reproducible=True)
+        with pytest.raises(ValueError, match="reproducible=True is for ranks"):
+            syncbn.DataParallel(reproducible, ["cpu"] * 2)(x)
+        with pytest.raises(RuntimeError, match="put the checkpoint around the whole"):
+            syncbn.DataParallel(Checkpointed(), ["cpu"] * 2)(x)
+
+    ranks(2, refused)
+
+
+def test_batched_gradients_where_a_replica_is_not_used(ranks):
+    def gradients(rank):
+        model = syncbn.DataParallel(syncbn.SyncBatchNorm1d(2).double(), ["cpu"] * 2)
+        x = images(4)[:, :, 0, 0].clone().requires_grad_()
+        y = model(x)[2 * (1 - rank) :]  # of rank 0 the second replica's alone
+        dys = torch.eye(y.numel(), dtype=y.dtype)[:2].view(2, *y.shape)
+        (batched,) = torch.autograd.grad(y, x, dys, is_grads_batched=True, retain_graph=True)
+        single = [torch.autograd.grad(y, x, dy, retain_graph=True)[0] for dy in dys]
+        torch.testing.assert_close(batched, torch.stack(single), **TOLERANCE)
+
+    ranks(2, gradients)
+
+
+def test_a_world_of_one_sends_nothing(ranks, monkeypatch):
+    def train(rank):
+        model = syncbn.DataParallel(syncbn.SyncBatchNorm1d(2), ["cpu"] * 2)
+        mixed = syncbn.SyncBatchNorm1d(2).double()  # which takes kernels of our own
+        with torch.profiler.profile() as profile:
+            for module in (model, mixed):
+                module(torch.randn(4, 2)).sum().backward()
+        sent = {event.name for event in profile.events()}
+        assert not [name for name in sent if "c10d" in name or "gloo" in name]
+
+    ranks(1, train)
+
+
+def test_children_of_any_name():
+    model = nn.Module()
+    model._modules["a.b"] = syncbn.SyncBatchNorm1d(2)
+    model.forward = lambda x: x
+    wrapper = syncbn.DataParallel(model, ["cpu"] * 2)
+    assert wrapper(torch.ones(4, 2)).shape == (4, 2)
 
 
 def test_a_single_value_is_refused_on_every_rank(ranks):

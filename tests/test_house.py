@@ -44,8 +44,9 @@ ROOMS = {
     "layers": ({"functional"}, {"modules"}, {"lazy"}),
     "batches": ({"nested"}, {"empty", "scatter", "transfer"}, {"uneven"}),
     "models": (
-        {"data_parallel", "graphs", "names", "quantisation", "registry"},
-        {"convert", "masking"},
+        {"graphs", "names", "quantisation", "registry", "replicate"},
+        {"data_parallel", "masking"},
+        {"convert"},
     ),
 }
 # torch's name for convert() is a classmethod of the layer: it calls upwards, when called.

@@ -112,3 +112,16 @@ def test_pickles_name_public_modules_only():
         )
     }
     assert named <= {"syncbn", "syncbn.models.registry"}
+
+
+def test_a_layer_without_a_counter():
+    """As some foreign classes are, and checkpoints of long ago."""
+    layer, theirs = syncbn.SyncBatchNorm1d(3), nn.BatchNorm1d(3)
+    x = torch.randn(4, 3)
+    for each in (layer, theirs):
+        each(x)
+        del each.num_batches_tracked
+        each.eval()
+    torch.testing.assert_close(layer(x), theirs(x))
+    layer.train().track_running_stats = False
+    torch.testing.assert_close(layer(x), nn.functional.batch_norm(x, None, None, training=True))

@@ -42,11 +42,14 @@ def resolve(process_group: Any) -> Communicator:
     everything else must be a torch.distributed group or a one-dimensional DeviceMesh (errors:
     :func:`syncbn.comm.process_group.from_torch`).
     """
+    comm: Communicator
     if process_group is None:
-        replica, world = current_replica(), default_group()
-        if replica is not None:
-            return replica if world is None else replica.over(world)
-        return world or LOCAL
-    if isinstance(process_group, Communicator):
-        return process_group
-    return from_torch(process_group)
+        comm = default_group() or LOCAL
+    elif isinstance(process_group, Communicator):
+        comm = process_group
+    else:
+        comm = from_torch(process_group)
+    replica = current_replica()
+    if replica is None or process_group is LOCAL or isinstance(comm, (Replica, Unplaced)):
+        return comm
+    return replica.over(comm)

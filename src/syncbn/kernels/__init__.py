@@ -34,7 +34,7 @@ __all__ = [
 ]
 
 VARIABLE = "SYNCBN_KERNELS"
-COMPOSITE = Implementation(composite, samples=composite)
+COMPOSITE = Implementation(composite, missed="", samples=composite)  # never unavailable
 IMPLEMENTATIONS = (  # the first that supports a tensor serves it; the last one supports all
     Implementation(
         native,
@@ -45,6 +45,7 @@ IMPLEMENTATIONS = (  # the first that supports a tensor serves it; the last one 
     ),
     COMPOSITE,
 )
+_FASTER = IMPLEMENTATIONS[:-1]
 _usable: frozenset[str] | None = None  # names; when first asked
 
 
@@ -53,7 +54,7 @@ def select_kernels(x: Tensor) -> Implementation:
 
     The first time that a better one would, were it installed, a warning says so.
     """
-    for implementation in IMPLEMENTATIONS:
+    for implementation in _FASTER:
         if implementation.steps.supports(x):
             if _is_usable(implementation.steps.NAME):
                 return implementation
@@ -69,7 +70,7 @@ def describe() -> dict[str, str]:
 
 def _describe(device: str) -> str:
     reasons = []
-    for implementation in IMPLEMENTATIONS[:-1]:
+    for implementation in _FASTER:
         steps = implementation.steps
         if device in steps.DEVICES:
             if _is_usable(steps.NAME):
@@ -82,9 +83,8 @@ _unsaid = threading.Lock()  # who takes it warns; nobody gives it back
 
 
 def _warn_once(implementation: Implementation) -> None:
-    if not _unsaid.acquire(blocking=False) or os.environ.get(VARIABLE) == composite.NAME:
-        return
-    if why := implementation.steps.unavailable():
+    why = implementation.steps.unavailable()
+    if why and os.environ.get(VARIABLE) != composite.NAME and _unsaid.acquire(blocking=False):
         warnings.warn(
             f"{implementation.missed}: {why}. To do without a warning, set "
             f"{VARIABLE}={composite.NAME}",

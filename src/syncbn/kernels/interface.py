@@ -27,7 +27,7 @@ class Running(NamedTuple):
     mean: Tensor | None = None
     var: Tensor | None = None
     batches: Tensor | None = None
-    momentum: float | None = 0.0
+    momentum: float | None = 0.1
 
 
 NO_AFFINE, NO_RUNNING = Affine(), Running()
@@ -124,6 +124,6 @@ class Implementation(NamedTuple):
     """One way to do the arithmetic, in the order in which selection asks."""
 
     steps: Kernels
+    missed: str  # what a warning says where it would serve, but is unavailable
     samples: SampleKernels | None = None
     fused: Fused | None = None
-    missed: str | None = None  # what a warning says where it would serve, but is unavailable

@@ -33,7 +33,7 @@ def sync_batch_norm(
     for the statistics' dependence on every rank's input; gradients of ``weight`` and ``bias`` stay
     local sums, which DistributedDataParallel averages as it does for every parameter.
 
-    In the forward of a replica of :class:`syncbn.DataParallel` the ranks are the replicas. Without
+    In the forward of a replica of :class:`syncbn.DataParallel` all ranks' replicas count. Without
     a group of more than one rank, with ``training=False``, while tracing or exporting and on the
     meta device this is :func:`torch.nn.functional.batch_norm` and nothing is communicated.
 
@@ -52,7 +52,7 @@ def sync_batch_norm(
         training: normalise with the batch's statistics (True) or the running ones (False).
         momentum: in [0, 1], the weight of this batch in the running statistics.
         eps: > 0, added to the variance.
-        group: None (the replicas, or the default group, if one is initialised), a
+        group: None (the default group, if one is initialised), a
             torch.distributed group, a one-dimensional DeviceMesh or a
             :class:`syncbn.comm.Communicator`.
         mask: (N, *) bool or None. Only positions where it is True count, over all ranks; elsewhere

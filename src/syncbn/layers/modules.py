@@ -140,13 +140,12 @@ class SyncBatchNorm(_BatchNorm):
         """Statistics, their counter, weight, bias: by name each takes a microsecond to find."""
         buffers, parameters = self._buffers, self._parameters
         try:
-            return (
-                *(buffers["running_mean"], buffers["running_var"], buffers["num_batches_tracked"]),
-                *(parameters["weight"], parameters["bias"]),
-            )
+            counter = buffers.get("num_batches_tracked")  # which some foreign layers lack
+            statistics = buffers["running_mean"], buffers["running_var"], counter
+            return *statistics, parameters["weight"], parameters["bias"]
         except KeyError:  # parametrised, or a replica's: an attribute of another kind
-            statistics = self.running_mean, self.running_var, self.num_batches_tracked
-            return *statistics, self.weight, self.bias
+            counter = getattr(self, "num_batches_tracked", None)
+            return self.running_mean, self.running_var, counter, self.weight, self.bias
 
     def reset_running_stats(self) -> None:
         super().reset_running_stats()

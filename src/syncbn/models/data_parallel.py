@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Sequence
 from functools import partial
 from itertools import chain
 from typing import Any, TypeVar
 
 import torch
 import torch.nn as nn
-from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from ..batches.empty import forget_original
 from ..batches.scatter import gather, scatter
 from ..comm import LOCAL, Replica, ReplicaGroup, resolve
 from ..layers.modules import SyncBatchNorm
-from ..tensors.storages import check_held
 from ..tensors.transforms import transforming
+from .replicate import place, replicate
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 Device = int | str | torch.device
@@ -36,9 +34,9 @@ class DataParallel(nn.DataParallel[ModuleT]):
     one batch, and torch.nn.parallel.DistributedDataParallel around this averages gradients; with
     one device per process that is the faster one, too.
 
-    In threads that a replica starts, a function or an unregistered layer normalises alone. Put
-    activation checkpointing around the whole, ``checkpoint(parallel, x, use_reentrant=True)``: the
-    other form saves no memory there.
+    In threads that a replica starts, a function or an unregistered layer doesn't know the other
+    replicas. Put activation checkpointing around the whole,
+    ``checkpoint(parallel, x, use_reentrant=True)``: the other form saves no memory there.
 
     A torch.nn.DataParallel to whoever asks: ``.module``, state dict keys and the semantics of
     inputs, hooks and module attributes (those set in forward are lost) are the same.
@@ -108,17 +106,18 @@ class DataParallel(nn.DataParallel[ModuleT]):
             return self.module(*inputs, **kwargs)
         if len(devices) > 1 and (torch.jit.is_tracing() or torch.compiler.is_exporting()):  # type: ignore[attr-defined, no-untyped-call]
             raise RuntimeError(_TRACED)
-        _check(self.module, devices[0])
+        over_ranks = _check(self.module, devices[0])
         # Threads are in no transform of torch.func. Without input there is nothing to do in them.
         used = devices if (inputs or kwargs) and not transforming() else devices[:1]
         shares = scatter((inputs, kwargs), used, self.dim)
-        if len(shares) == 1:
+        # A rank with one share must do, and refuse, what the others do with more.
+        if len(shares) == 1 and not (over_ranks and len(used) > 1):
             args, keywords = shares[0]
             outputs = [self.module(*args, **keywords)]
         else:
             outputs = _run(self.module, devices[: len(shares)], shares)
-        place = self._device_of(self.output_device)
-        return outputs[0] if len(devices) == 1 else gather(outputs, place, self.dim)
+        output = self._device_of(self.output_device)
+        return outputs[0] if len(devices) == 1 else gather(outputs, output, self.dim)
 
     def extra_repr(self) -> str:
         return f"devices={[str(device) for device in self.devices]}"
@@ -138,7 +137,9 @@ def _device(device: Device) -> torch.device:
     return found
 
 
-def _check(module: nn.Module, device: torch.device) -> None:
+def _check(module: nn.Module, device: torch.device) -> bool:
+    """Whether replicas in other processes take part in a training step."""
+    over_ranks = resolve(None).size > 1
     for tensor in chain(module.parameters(), module.buffers()):
         if is_lazy(tensor):
             raise RuntimeError(
@@ -159,11 +160,13 @@ def _check(module: nn.Module, device: torch.device) -> None:
             )
         if isinstance(layer, SyncBatchNorm) and layer.training:
             comm = resolve(layer.process_group)
+            over_ranks = over_ranks or comm.size > 1
             if isinstance(comm, Replica):
                 raise RuntimeError(
                     "DataParallel: expected no DataParallel inside another, got one with the layer "
                     f"{name!r} in a replica of {comm.size}; list all devices in the outer one"
                 )
+    return over_ranks
 
 
 def _run(
@@ -172,15 +175,19 @@ def _run(
     """The outputs of replicas of ``module`` on ``devices``, given one's share each."""
     names = [f"replica {rank} on device {device}" for rank, device in enumerate(devices)]
     group = ReplicaGroup(names, in_turns=len(set(devices)) < len(devices))
-    replicas = _replicate(module, devices)
+    replicas = replicate(module, devices)
+    outer = {
+        name: resolve(layer.process_group if layer.training else LOCAL)
+        for name, layer in module.named_modules()
+        if isinstance(layer, SyncBatchNorm)
+    }
     for rank, replica in enumerate(replicas):
         for name, layer in replica.named_modules():
             forget_original(layer)
             if isinstance(layer, SyncBatchNorm):
                 where = f"layer {name!r}" if name else "module"
-                own = module.get_submodule(name).process_group if layer.training else LOCAL
-                layer.process_group = Replica(group, rank, where, resolve(own))
-    places = [_place(device) for device in devices]
+                layer.process_group = Replica(group, rank, where, outer[name])
+    places = [place(device) for device in devices]
 
     def forward(rank: int) -> Any:
         with places[rank]():
@@ -188,63 +195,3 @@ def _run(
             return replicas[rank](*args, **keywords)
 
     return group.run([partial(forward, rank) for rank in range(len(devices))])
-
-
-def _place(device: torch.device) -> Callable[[], ExitStack]:
-    """How another thread enters ``device`` and the modes that this thread is in."""
-    grad, inference = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
-    casts = [
-        (kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind))
-        for kind in {"cpu", device.type}
-    ]
-    cache = torch.is_autocast_cache_enabled()
-    default = torch.get_default_device()  # of new tensors
-    backend = None if device.type in ("cpu", "mps") else torch.get_device_module(device)
-    stream = backend.current_stream(device) if backend else None
-
-    def enter() -> ExitStack:
-        stack = ExitStack()
-        if backend:
-            stack.enter_context(backend.device(device))
-            stack.enter_context(backend.stream(stream))
-        if default.type != "cpu":  # its index is the caller's
-            stack.enter_context(device if default.type == device.type else default)
-        stack.enter_context(torch.inference_mode(inference))
-        stack.enter_context(torch.set_grad_enabled(grad))
-        for kind, dtype, enabled in casts:
-            stack.enter_context(torch.autocast(kind, dtype, enabled, cache_enabled=cache))
-        return stack
-
-    return enter
-
-
-def _replicate(module: ModuleT, devices: Sequence[torch.device]) -> list[ModuleT]:
-    """Shallow copies of ``module``, one per device, on whose tensors autograd leads back to it.
-
-    The first one has its very buffers, the others copies of them.
-    """
-    if len(set(devices)) == len(devices) and "cpu" not in {device.type for device in devices}:
-        return nn.parallel.replicate(module, devices, detach=not torch.is_grad_enabled())
-    return [_replica(module, device, first=rank == 0) for rank, device in enumerate(devices)]
-
-
-def _replica(module: ModuleT, device: torch.device, first: bool) -> ModuleT:
-    copies: dict[nn.Module, Any] = {
-        original: original._replicate_for_data_parallel()  # type: ignore[no-untyped-call]
-        for original in module.modules()
-    }
-    moved: dict[int, Tensor] = {}  # tensors that modules share stay shared
-    for original, replica in copies.items():
-        for name, child in original._modules.items():
-            replica._modules[name] = None if child is None else copies[child]
-        for name, parameter in original._parameters.items():
-            if parameter is None:
-                replica._parameters[name] = None
-            else:  # not into _parameters: some modules (RNN) must notice
-                setattr(replica, name, moved.setdefault(id(parameter), parameter.to(device)))
-        for name, buffer in original._buffers.items():
-            if buffer is not None:
-                check_held({name: buffer}, "DataParallel")
-                copy = buffer.to(device, copy=not first)
-                setattr(replica, name, moved.setdefault(id(buffer), copy))
-    return copies[module]  # type: ignore[no-any-return]

@@ -53,6 +53,9 @@ def normalise(
         if mode.transforming:
             check_movable(*running[:3], skipped, input, mask)
         running, conclude = begin_update(running, mode, skipped)
+    if mask is not None:
+        check_input(input)
+        check_mask(mask, input)
     comm = LOCAL if mode.silent else resolve(options.group)
     call = Call(input, affine, running, options, mode, comm)
     if mode.transforming:
@@ -69,8 +72,6 @@ def normalise(
 def normalise_masked(call: Call, mask: Tensor) -> Tensor:
     """Where a mask says what counts: those values alone, as if nothing else were."""
     input = call.input
-    check_input(input)
-    check_mask(mask, input)
     check_options_of_dtensor(is_dtensor(input), False)
     if not call.options.training:
         zeroed = zero_masked(with_gradient_like(input), mask)
@@ -88,7 +89,8 @@ def normalise_dense(call: Call) -> Tensor:
         momentum = running.momentum
         check_options(0.0 if momentum is None else momentum, options.eps)
         # Before the table, and before the checks, which its operators make in no time.
-        alone = comm.size == 1 and options.training and not options.reproducible
+        alone = comm.size == 1 and not isinstance(comm, Replica)
+        alone = alone and options.training and not options.reproducible
         fused = find_fused(input, affine, running) if alone and not mode.compiling else None
         try:
             if fused is not None:
@@ -147,6 +149,8 @@ def _normalise_over_ranks(call: Call) -> Tensor:
     comm = call.comm
     if comm.size > 1:
         refuse_join()
+    else:
+        comm = LOCAL
     reproducible = call.options.reproducible
     exchange = ReproducibleExchange(comm, call.lengths) if reproducible else Exchange(comm)
     part = part_of(call.input, call.affine)

@@ -35,7 +35,8 @@ def normalise_parts(
     # does. An empty tensor that wants one gives it a graph; forward takes the graph away again
     # when the ranks turn out to agree that nobody needs it. A compiled graph is fixed before.
     grad_anchor = None
-    if grad_enabled and not wants_gradient and not torch.compiler.is_compiling():
+    alone = wants_gradient or exchange.comm.size == 1
+    if grad_enabled and not alone and not torch.compiler.is_compiling():
         grad_anchor = torch.empty(0, device=parts[0].x.device, requires_grad=True)
     result: tuple[Tensor, ...] = _SyncBatchNorm.apply(  # type: ignore[no-untyped-call]
         *(exchange, kernels, eps, wants_gradient, grad_anchor, *running, *tensors)
@@ -64,7 +65,7 @@ class _SyncBatchNorm(torch.autograd.Function):
         _check_count(parts, gathered, exchange, wants_gradient)
         ys, statistics = [], []
         for k, x, affine in parts:
-            sets = gathered.sets.to(x.device)
+            sets = gathered.sets if len(parts) == 1 else gathered.sets.to(x.device)
             y, found = k.steps.normalise(x, sets, affine=affine, running=running, eps=eps)
             ys.append(y)
             statistics.append(found)
@@ -83,7 +84,7 @@ class _SyncBatchNorm(torch.autograd.Function):
         exchange, saved = ctx.exchange, ctx.saved_tensors
         each = zip(ctx.kernels, _groups(saved, 5), strict=True)
         parts = [Normalised(k, x, weight, Statistics(*found)) for k, (x, weight, *found) in each]
-        mode = find_backward_mode(dys[0])
+        mode = find_backward_mode(dys)
         if mode.compiling:
             parts = [_held_in_graph(parts[0], dys[0])]
         else:  # before any message
@@ -134,7 +135,7 @@ def _gradients(
     for (k, x, weight, statistics), dy, own, (wants_x, *_) in each:
         dx = None
         if wants_x:
-            total = sums.total.to(x.device)
+            total = sums.total if len(parts) == 1 else sums.total.to(x.device)
             dx = k.steps.input_gradient(dy, x, weight=weight, statistics=statistics, sums=total)
         found.append((dx, own))
     return found

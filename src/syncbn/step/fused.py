@@ -25,12 +25,12 @@ def find_fused(x: Tensor, affine: Affine, running: Running) -> Fused | None:
     """
     if (running.mean is None) != (running.var is None):
         return None
+    fused = select_kernels(x).fused
+    if fused is None or x.dim() < 2 or x.numel() <= x.shape[1]:
+        return None
     try:
-        fused = select_kernels(x).fused
-        if fused is None or x.dim() < 2 or x.numel() <= x.shape[1]:
-            return None
         return fused if fused.supports_others(affine, running) else None
-    except AttributeError:  # no tensor
+    except AttributeError:  # one of them is no tensor
         return None
 
 

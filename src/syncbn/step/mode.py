@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -56,11 +57,12 @@ class BackwardMode(NamedTuple):
 _COMPILED = BackwardMode(True, False, False)
 
 
-def find_backward_mode(dy: Tensor) -> BackwardMode:
-    """The mode of a backward that was given dy."""
+def find_backward_mode(dys: Sequence[Tensor]) -> BackwardMode:
+    """The mode of a backward that was given dys, of which some may be zeros that stand for none."""
     if torch.compiler.is_compiling():
         return _COMPILED
-    return BackwardMode(False, is_differentiable(dy), batched_or_transforming(dy))
+    within = any(batched_or_transforming(dy) for dy in dys)
+    return BackwardMode(False, within or torch.is_grad_enabled(), within)
 
 
 def is_differentiable(dy: Tensor) -> bool:

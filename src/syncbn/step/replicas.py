@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..comm import Replica, refuse_join
+from ..comm import LOCAL, Replica, refuse_join
 from ..kernels import Affine
 from .checks import check_not_reproducible
 from .exchange import Exchange
@@ -45,7 +45,8 @@ def _normalise_all(shares: list[_Share]) -> Sequence[Tensor]:
     outer = first.comm.outer
     if outer.size > 1:
         refuse_join()
+    exchange = Exchange(outer if outer.size > 1 else LOCAL)
     with torch.set_grad_enabled(any(share.wants_graph for share in shares)):
         return normalise_parts(
-            [share.part for share in shares], first.running, first.options.eps, Exchange(outer)
+            [share.part for share in shares], first.running, first.options.eps, exchange
         )

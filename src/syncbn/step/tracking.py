@@ -57,7 +57,7 @@ def begin_update(
         return Running(*batch, 1.0), partial(_follow_if_finite, running, batch, first, skipped)
     if isinstance(first, Tensor):
         return copies, partial(_keep_if_first, running, copies, first)
-    return Running(mean, var), None
+    return Running(mean, var, None, 0.0), None
 
 
 def _in_graph(running: Running, skipped: Any) -> tuple[Tensor, Running]:

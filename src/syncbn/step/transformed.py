@@ -22,19 +22,17 @@ from ..tensors.transforms import (
 from .checks import check_options, refuse_single_value
 from .collectives import gather
 from .derivatives import graph_dependency
-from .masked import check_mask, zero_masked
+from .masked import zero_masked
 from .records import Call
 
 
 def normalise_transformed(call: Call, mask: Tensor | None) -> Tensor:
     """y of the call's input, zero where the mask (N, *) is False.
 
-    The call's tensors have been checked, but for the mask.
+    All tensors have been checked.
     """
     momentum, comm = call.running.momentum, call.comm
     check_options(0.0 if momentum is None else momentum, call.options.eps)
-    if mask is not None:
-        check_mask(mask, call.input)
     check_forward_mode(isinstance(comm, Threads) and comm.size > 1, is_dtensor(call.input))
     if isinstance(comm, Replica):
         check_not_transforming()
