@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -17,14 +19,20 @@ BACKENDS = ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)]
 CLOSE = {"rtol": 1e-9, "atol": 1e-11}
 
 
-class Network(nn.Module):
-    """BatchNorm of every kind of momentum and statistics."""
+# Of BatchNorm: the kinds that differ most as graphs, and every kind of momentum and statistics.
+FEW = {"momentum": None}, {"track_running_stats": False}
+EVERY = {}, *FEW, {"affine": False}
 
-    def __init__(self, width: int = 5, checkpointed: bool = False) -> None:
+
+class Network(nn.Module):
+    """A block for each of some options of BatchNorm; to compile one takes half a second."""
+
+    def __init__(
+        self, width: int = 5, checkpointed: bool = False, options: Sequence[dict[str, Any]] = FEW
+    ) -> None:
         super().__init__()
         torch.manual_seed(3)
         self.checkpointed = checkpointed
-        options = {}, {"momentum": None}, {"track_running_stats": False}, {"affine": False}
         self.blocks = nn.ModuleList(
             nn.Sequential(nn.Linear(width, width), nn.BatchNorm1d(width, **some), nn.Tanh())
             for some in options

@@ -8,7 +8,16 @@ import oracle
 import pytest
 import torch
 import torch._dynamo
-from compiling import BACKENDS, CLOSE, Network, assert_as_eager, compiled, one_graph_only, step
+from compiling import (
+    BACKENDS,
+    CLOSE,
+    EVERY,
+    Network,
+    assert_as_eager,
+    compiled,
+    one_graph_only,
+    step,
+)
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -55,7 +64,7 @@ def test_training_and_eval_of_a_network(ranks, world, backend):
     """Other values need no other graph: one for training, one for eval."""
 
     def run(rank):
-        model = syncbn.convert(Network())
+        model = syncbn.convert(Network(options=EVERY))
         call, counter = compiled(model, backend)
         x = torch.randn(3, 3 + rank, 5, dtype=torch.float64)
         assert_as_eager(call, model, [(batch,) for batch in x])
@@ -145,7 +154,7 @@ def test_converting_what_is_compiled(ranks):
 
     def run(rank):
         x, means = torch.randn(4, 5, dtype=torch.float64), []
-        for make in (lambda: Network().blocks[0], lambda: nn.BatchNorm1d(5).double()):
+        for make in (lambda: Network(options=EVERY).blocks[0], lambda: nn.BatchNorm1d(5).double()):
             model = make()
             call, _ = compiled(model)
             call(x), syncbn.convert(call), model.load_state_dict(make().state_dict())
