@@ -6,6 +6,10 @@ Importing torch and what DDP, FSDP and torch.compile need takes seconds of a cor
 from __future__ import annotations
 
 import multiprocessing
+from collections.abc import Iterator
+from contextlib import contextmanager
+from multiprocessing import forkserver
+from unittest import mock
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(
@@ -23,3 +27,11 @@ CONTEXT.set_forkserver_preload(
         "torch.distributed.nn",
     ]
 )
+
+
+@contextmanager
+def forked_launches() -> Iterator[None]:
+    """Within it syncbn.launch starts its ranks like this, too."""
+    forkserver.ensure_running()  # launch() blocks signals, which what it starts would inherit
+    with mock.patch.object(multiprocessing, "get_context", return_value=CONTEXT):
+        yield

@@ -38,17 +38,20 @@ def execute(
     with tempfile.TemporaryDirectory(prefix="syncbn-said-") as name:
         said = [[Path(name, f"{stream}-{rank}") for stream in (1, 2)] for rank in range(ranks)]
         running = []
-        for rank, files in enumerate(said):
-            own = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
-            variables = environment | own if ranks > 1 else environment
-            task = (program, arguments, variables, files)
-            running.append(CONTEXT.Process(target=_run, args=task, daemon=True))
-            running[-1].start()
-        deadline = time.monotonic() + timeout
-        for process in running:
-            process.join(max(0.0, deadline - time.monotonic()))
-            process.kill()
-            process.join()
+        try:
+            for rank, files in enumerate(said):
+                own = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
+                variables = environment | own if ranks > 1 else environment
+                task = (program, arguments, variables, files)
+                running.append(CONTEXT.Process(target=_run, args=task))
+                running[-1].start()
+            deadline = time.monotonic() + timeout
+            for process in running:
+                process.join(max(0.0, deadline - time.monotonic()))
+        finally:
+            for process in running:
+                process.kill()
+                process.join()
         return [
             Ended(process.exitcode, *(file.read_text() if file.exists() else "" for file in files))
             for process, files in zip(running, said, strict=True)
@@ -74,6 +77,7 @@ def _run(
         exec(compile(program, "<program>", "exec"), {"__name__": "__main__"})
         return
     os.chdir(program.parent)
+    sys.path.insert(0, str(program.parent))
     if "RANK" not in variables:
         warnings.simplefilter("error", UserWarning)
     runpy.run_path(str(program), run_name="__main__")

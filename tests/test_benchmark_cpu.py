@@ -3,32 +3,24 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from scripts import Ended, execute
 
 from syncbn.kernels import native
 
 FOLDER = Path(__file__).parent.parent / "benchmarks"
 
 
-def run(*options: str, script: str = "cpu.py", code: str = "") -> subprocess.CompletedProcess[str]:
-    program = ["-c", code] if code else [script]
-    return subprocess.run(
-        [sys.executable, *program, *options],
-        cwd=FOLDER,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
+def run(*options: str, script: str = "cpu.py") -> Ended:
+    (ended,) = execute(FOLDER / script, *options, timeout=300)
+    return ended
 
 
 def rows_of(*options: str, script: str = "cpu.py") -> list[dict]:
     result = run(*options, "--quick", "--json", script=script)
-    assert result.returncode == 0, result.stderr
+    assert result.code == 0, result.stderr
     printed = json.loads(result.stdout)
     assert "kernels" in printed["environment"]
     return printed["rows"]
@@ -49,7 +41,7 @@ def test_layers(tmp_path):
 @pytest.mark.slow
 def test_layers_prints_a_table():
     result = run("layers", "--quick", "--rounds", "2", "--threads", "1")
-    assert result.returncode == 0, result.stderr
+    assert result.code == 0, result.stderr
     for text in ("syncbn µs", "torch copies", "target", "2×3×4×5", "1 thread(s), 2 rounds"):
         assert text in result.stdout
 
@@ -79,9 +71,9 @@ def test_model():
 
 
 def test_model_without_transformers_says_so():
-    code = "import sys; sys.modules['transformers'] = None; import cpu; cpu.main()"
-    result = run("model", code=code)
-    assert result.returncode == 1
+    program = "import sys; sys.modules['transformers'] = None; sys.path.insert(0, sys.argv.pop()); "
+    (result,) = execute(program + "import cpu; cpu.main()", "model", str(FOLDER))
+    assert result.code == 1
     assert result.stderr == "Error: transformers is missing: pip install transformers\n"
 
 
@@ -110,5 +102,5 @@ def test_compilers_tells_what_is_outside(monkeypatch):
 
 def test_compilers_refuses_what_is_not_there():
     result = run("no-such-g++", "g++", script="cpu_compilers.py")
-    assert result.returncode == 2
+    assert result.code == 2
     assert "no-such-g++ is not here" in result.stderr

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from scripts import Ended, execute
 
 from benchmarks import layer
 
@@ -16,15 +15,15 @@ ROOT = Path(__file__).parent.parent
 TOY = ["--shape", "2,3,4,5", "--rounds", "2", "--ranks", "1", "--ranks", "2"]
 
 
-def run(*options: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(ROOT / "benchmarks/layer.py"), *options]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+def run(*options: str, script: str = "layer.py") -> Ended:
+    (ended,) = execute(ROOT / "benchmarks" / script, *options)
+    return ended
 
 
 @pytest.mark.slow
 def test_layer_prints_json():
     result = run(*TOY, "--json")
-    assert result.returncode == 0, result.stderr
+    assert result.code == 0, result.stderr
     rows = json.loads(result.stdout)["rows"]
     cells = {(row["ranks"], row["pass_"], row["layer"]) for row in rows}
     assert cells == {(r, p, name) for r in (1, 2) for p in layer.PASSES for name in layer.LAYERS}
@@ -35,26 +34,23 @@ def test_layer_prints_json():
 @pytest.mark.slow
 def test_layer_prints_a_table():
     result = run(*TOY[:4], "--ranks", "1")
-    assert result.returncode == 0, result.stderr
+    assert result.code == 0, result.stderr
     assert "× torch" in result.stdout
     assert "2×3×4×5" in result.stdout
 
 
 @pytest.mark.slow
 def test_collectives_prints_json():
-    command = [sys.executable, str(ROOT / "benchmarks/collectives.py"), "--json"]
-    options = ["--ranks", "2", "--numel", "5", "--rounds", "2"]
-    result = subprocess.run(
-        [*command, *options], capture_output=True, text=True, timeout=120, check=False
-    )
-    assert result.returncode == 0, result.stderr
+    options = ["--json", "--ranks", "2", "--numel", "5", "--rounds", "2"]
+    result = run(*options, script="collectives.py")
+    assert result.code == 0, result.stderr
     names = {f"{who} all_{what}" for who in ("torch", "syncbn") for what in ("gather", "reduce")}
     assert json.loads(result.stdout)["2"].keys() == names
 
 
 def test_layer_refuses_a_bad_shape():
     result = run("--shape", "2,3")
-    assert result.returncode == 2
+    assert result.code == 2
     assert "give four sizes N,C,H,W" in result.stderr
 
 

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from processes import CONTEXT, forked_launches
+from scripts import execute
 
 pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")
@@ -20,16 +24,9 @@ from syncbn.cli import main
 from syncbn.demo import train
 from syncbn.kernels import native
 
-COMMAND = [sys.executable, "-m", "syncbn"]
 NO_PLOT = ["--no-plot"]
 TIMEOUT = 120  # seconds, for a loaded machine; each run takes a tenth
 needs_proc = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="reads Linux's /proc")
-
-
-def syncbn(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [*COMMAND, *arguments], capture_output=True, text=True, timeout=TIMEOUT, cwd=cwd
-    )
 
 
 def test_demo_prints_a_table_and_writes_a_picture(
@@ -37,7 +34,8 @@ def test_demo_prints_a_table_and_writes_a_picture(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     options = ["--ranks", "1", "--batch-per-rank", "200", "--epochs", "1", "--out", "new/a.png"]
-    assert main(["demo", *options]) == 0
+    with forked_launches():
+        assert main(["demo", *options]) == 0
     out, err = capsys.readouterr()
     assert "200 images per rank on 1 rank, 1 epoch" in out
     assert "Picture: new/a.png" in out
@@ -46,11 +44,14 @@ def test_demo_prints_a_table_and_writes_a_picture(
     assert (tmp_path / "new/a.png").stat().st_size > 10_000
 
 
-def test_demo_json_is_one_object_and_nothing_else(tmp_path: Path) -> None:
+def test_demo_json_is_one_object_and_nothing_else(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
     options = ["--ranks", "2", "--batch-per-rank", "100", "--epochs", "1", "--seed", "3"]
-    done = syncbn("demo", *options, "--no-plot", "--json", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    content = json.loads(done.stdout)
+    with forked_launches():
+        assert main(["demo", *options, "--no-plot", "--json"]) == 0
+    content = json.loads(capfd.readouterr().out)
     assert content["options"] | {"ranks": 2, "batch_per_rank": 100, "seed": 3} == content["options"]
     assert set(content["versions"]) == {"syncbn", "torch", "python"}
     assert content["picture"] is None
@@ -119,20 +120,15 @@ def test_info_names_what_serves_here(capsys: pytest.CaptureFixture[str]) -> None
     assert facts["kernels"]["cpu"] in out
 
 
-def test_info_takes_torch_alone() -> None:
-    code = (
-        "import sys, torch, torch.distributed\n"
-        "before = set(sys.modules)\n"
-        "from syncbn.cli import main\n"
-        "status = main(['info'])\n"
-        "roots = {name.partition('.')[0] for name in set(sys.modules) - before}\n"
-        "assert status == 0\n"
-        "assert roots - sys.stdlib_module_names == {'syncbn'}, roots"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=TIMEOUT
-    )
-    assert done.returncode == 0, done.stderr
+WITHOUT = """
+import sys
+module, command = sys.argv[1:]
+for name in [name for name in sys.modules if name.partition(".")[0] == module]:
+    del sys.modules[name]
+sys.modules[module] = None
+from syncbn.cli import main
+sys.exit(main([command]))
+"""
 
 
 @pytest.mark.parametrize(
@@ -143,16 +139,9 @@ def test_info_takes_torch_alone() -> None:
         ("matplotlib", "demo"),
     ],
 )
-def test_a_missing_extra_is_one_line(module: str, command: str, tmp_path: Path) -> None:
-    code = (
-        f"import sys; sys.modules[{module!r}] = None\n"
-        "import syncbn; from syncbn.cli import main\n"
-        f"sys.exit(main([{command!r}]))"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=TIMEOUT, cwd=tmp_path
-    )
-    assert done.returncode == 1
+def test_a_missing_extra_is_one_line(module: str, command: str) -> None:
+    (done,) = execute(WITHOUT, module, command)
+    assert done.code == 1
     assert done.stdout == ""
     assert done.stderr == f"syncbn: needs {module}: pip install 'syncbn[cli]'\n"
 
@@ -161,7 +150,8 @@ def test_a_rank_that_raises_shows_its_traceback(
     capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(train, "run_rank", _broken_rank)
-    assert main(["demo", "--ranks", "2", *NO_PLOT]) == 1
+    with forked_launches():
+        assert main(["demo", "--ranks", "2", *NO_PLOT]) == 1
     out, err = capfd.readouterr()
     assert out == ""
     assert "rank 1 failed:" in err
@@ -175,20 +165,41 @@ def _broken_rank(rank: int, task: object, folder: Path, send: Callable[[object],
     signal.pause()
 
 
-class Running:
-    """A long demo in a session and a temporary directory of its own."""
+DEMO = ["demo", "--ranks", "2", "--epochs", "1000", "--no-plot"]
 
-    def __init__(self, folder: Path) -> None:
+
+class Running:
+    """A long demo in a session and a temporary directory of its own: forked, or all of it anew."""
+
+    process: subprocess.Popen[str] | multiprocessing.process.BaseProcess
+
+    def __init__(self, folder: Path, forked: bool) -> None:
         self.folder = folder
-        self.process = subprocess.Popen(
-            [*COMMAND, "demo", "--ranks", "2", "--epochs", "1000", "--no-plot"],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            start_new_session=True,
-            env={**os.environ, "TMPDIR": str(folder)},
-            cwd=folder.parent,
-        )
+        self.streams = [folder.parent / name for name in ("stdout", "stderr")]
+        if forked:
+            self.process = CONTEXT.Process(target=_forked_demo, args=(folder, self.streams))
+            self.process.start()
+            return
+        out, err = (stream.open("w") for stream in self.streams)
+        with out, err:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "syncbn", *DEMO],
+                stdout=out,
+                stderr=err,
+                start_new_session=True,
+                env={**os.environ, "TMPDIR": str(folder)},
+                cwd=folder.parent,
+            )
+
+    def end(self) -> tuple[int | None, str, str]:
+        """Its exit status and what it wrote."""
+        if isinstance(self.process, subprocess.Popen):
+            self.process.wait(TIMEOUT)
+            code = self.process.returncode
+        else:
+            self.process.join(TIMEOUT)
+            code = self.process.exitcode
+        return code, *(stream.read_text() for stream in self.streams)
 
     def session(self) -> dict[int, str]:
         """pid → command of every process of the session that has not ended."""
@@ -223,26 +234,46 @@ class Running:
         assert list(self.folder.iterdir()) == []
 
 
+def _forked_demo(folder: Path, streams: list[Path]) -> None:
+    os.setsid()
+    os.chdir(folder.parent)
+    tempfile.tempdir = str(folder)
+    for descriptor, stream in enumerate(streams, 1):
+        with stream.open("w") as opened:
+            os.dup2(opened.fileno(), descriptor)
+    fork = multiprocessing.get_context("fork")  # this process has no threads
+    multiprocessing.get_context = lambda method: fork  # type: ignore[assignment]
+    sys.exit(main(DEMO))
+
+
 @pytest.fixture
-def running(tmp_path: Path) -> Iterator[Running]:
+def demo(tmp_path: Path) -> Iterator[Callable[..., Running]]:
+    """Starts one that leaves nothing behind, whatever the test finds."""
     (tmp_path / "tmp").mkdir()
-    demo = Running(tmp_path / "tmp")
-    yield demo
-    for pid in demo.session():
-        os.kill(pid, signal.SIGKILL)
-    demo.process.communicate(timeout=TIMEOUT)
+    started = []
+
+    def start(*, forked: bool = False) -> Running:
+        started.append(Running(tmp_path / "tmp", forked))
+        return started[-1]
+
+    yield start
+    for running in started:
+        for pid in running.session():
+            os.kill(pid, signal.SIGKILL)
+        running.end()
 
 
 @needs_proc
 @pytest.mark.parametrize("whole_group", [True, False], ids=["group-starting", "parent-training"])
-def test_ctrl_c_leaves_nothing(running: Running, whole_group: bool) -> None:
+def test_ctrl_c_leaves_nothing(demo: Callable[..., Running], whole_group: bool) -> None:
+    running = demo(forked=not whole_group)
     if whole_group:  # while the ranks import, when they would still print a traceback each
         running.wait_for(lambda: len(running.ranks()) == 2, "the ranks")
     else:
         running.wait_until_training()
     (os.killpg if whole_group else os.kill)(running.process.pid, signal.SIGINT)
-    out, err = running.process.communicate(timeout=TIMEOUT)
-    assert running.process.returncode == 130
+    code, out, err = running.end()
+    assert code == 130
     assert out == ""
     assert "Traceback" not in err
     assert err.endswith("syncbn demo: interrupted\n")
@@ -250,29 +281,32 @@ def test_ctrl_c_leaves_nothing(running: Running, whole_group: bool) -> None:
 
 
 @needs_proc
-def test_sigterm_leaves_nothing(running: Running) -> None:
+def test_sigterm_leaves_nothing(demo: Callable[..., Running]) -> None:
+    running = demo(forked=True)
     running.wait_until_training()
     running.process.terminate()
-    _, err = running.process.communicate(timeout=TIMEOUT)
-    assert running.process.returncode == 143
+    code, _, err = running.end()
+    assert code == 143
     assert "Traceback" not in err
     running.assert_nothing_left()
 
 
 @pytest.mark.slow
 @needs_proc
-def test_a_killed_rank_ends_the_run(running: Running) -> None:
+def test_a_killed_rank_ends_the_run(demo: Callable[..., Running]) -> None:
+    running = demo()
     running.wait_until_training()
     os.kill(running.ranks()[1], signal.SIGKILL)
-    _, err = running.process.communicate(timeout=TIMEOUT)
-    assert running.process.returncode == 1
+    code, _, err = running.end()
+    assert code == 1
     assert "was ended by SIGKILL" in err
     running.assert_nothing_left()
 
 
 @needs_proc
-def test_a_killed_parent_leaves_nothing(running: Running) -> None:
+def test_a_killed_parent_leaves_nothing(demo: Callable[..., Running]) -> None:
+    running = demo()
     running.wait_until_training()
     running.process.kill()
-    running.process.wait(timeout=TIMEOUT)
+    running.end()
     running.assert_nothing_left()

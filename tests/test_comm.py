@@ -7,11 +7,12 @@ import torch
 import torch.distributed as dist
 from contract import CHECKS, check_interleaved
 from in_threads import in_threads
+from layers import Pair
 from scripts import execute
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 import syncbn
-from syncbn.comm import LOCAL, Communicator, ProcessGroup, resolve
+from syncbn.comm import LOCAL, ProcessGroup, resolve
 
 
 class Ring(ProcessGroup):
@@ -128,19 +129,8 @@ def test_other_types_are_refused(group):
 
 
 def test_any_communicator_will_do():
-    class Doubled(Communicator):
-        """Two ranks with equal input."""
-
-        rank, size = 0, 2
-
-        def all_gather(self, tensor):
-            return torch.stack((tensor, tensor))
-
-        def all_reduce(self, tensor):
-            return tensor * 2
-
     x = torch.randn(4, 3)
-    layer = syncbn.SyncBatchNorm(3, process_group=Doubled(), momentum=1.0)
+    layer = syncbn.SyncBatchNorm(3, process_group=Pair(), momentum=1.0)
     torch.testing.assert_close(layer(x), torch.nn.BatchNorm1d(3)(x))
     torch.testing.assert_close(layer.running_var, torch.cat((x, x)).var(0))
     assert "group_size=2" in repr(layer)

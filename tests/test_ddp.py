@@ -7,58 +7,9 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from training import assert_same_state, batches, network, share, train
 
 import syncbn
-
-STEPS = 20
-
-
-def network() -> nn.Module:
-    torch.manual_seed(3)
-    return nn.Sequential(
-        nn.Conv2d(2, 6, 3, padding=1, bias=False),
-        nn.BatchNorm2d(6),
-        nn.ReLU(),
-        nn.Conv2d(6, 8, 3, stride=2),
-        nn.BatchNorm2d(8, momentum=None),
-        nn.ReLU(),
-        nn.AdaptiveAvgPool2d(1),
-        nn.Flatten(),
-        nn.Linear(8, 5),
-        nn.BatchNorm1d(5),
-        nn.Linear(5, 3),
-    ).double()
-
-
-def batches(size: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    generator = torch.Generator().manual_seed(0)
-    return [
-        (
-            torch.randn(size, 2, 7, 6, generator=generator, dtype=torch.float64) + step,
-            torch.randint(3, (size,), generator=generator),
-        )
-        for step in range(STEPS)
-    ]
-
-
-def share(rank: int, samples: int, data: list) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    mine = slice(rank * samples, (rank + 1) * samples)
-    return [(x[mine], target[mine]) for x, target in data]
-
-
-def train(model: nn.Module, data: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-    for x, target in data:
-        optimizer.zero_grad()
-        nn.functional.cross_entropy(model(x), target).backward()
-        optimizer.step()
-
-
-def assert_same_state(states: list[dict[str, torch.Tensor]], expected: dict) -> None:
-    for state in states:
-        assert state.keys() == expected.keys()
-        for name, value in expected.items():
-            torch.testing.assert_close(state[name], value, rtol=1e-9, atol=1e-11, msg=name)
 
 
 @pytest.mark.parametrize(("world", "samples"), [(2, 3), (3, 2), (4, 1)])

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.distributed as dist
-from test_ddp import assert_same_state, batches, network, share, train
 from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
+from training import assert_same_state, batches, network, share, train
 
 import syncbn
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from mpijob import missing
-from scripts import run_script
+from scripts import execute, run_script
 
 import syncbn
 
@@ -116,14 +116,25 @@ def test_docstring_examples(name):
     assert result.failed == 0
 
 
+EXAMPLE = ROOT / "examples/train.py"
+SAYS = "running_var equal on all 2 ranks: True"
+
+
+def test_the_example_script_runs_on_two_ranks():
+    first, _ = execute(EXAMPLE, ranks=2)
+    assert first.code == 0, first.stderr
+    assert SAYS in first.stdout
+
+
+@pytest.mark.slow
 def test_the_example_script_runs_under_torchrun():
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     result = subprocess.run(
-        [*torchrun, "--nproc-per-node=2", str(ROOT / "examples/train.py")],
+        [*torchrun, "--nproc-per-node=2", str(EXAMPLE)],
         capture_output=True,
         text=True,
         timeout=180,
         check=False,
     )
     assert result.returncode == 0, result.stderr
-    assert "running_var equal on all 2 ranks: True" in result.stdout
+    assert SAYS in result.stdout

@@ -131,18 +131,42 @@ assert logging.getLogger().handlers == handlers
 assert threading.active_count() == 1
 assert not torch.distributed.is_initialized()
 print(*sorted(name for name in set(sys.modules) - before))
+from syncbn.cli import main
+sys.stdout = sys.stderr
+assert main(["info"]) == 0
+print(*sorted(name for name in set(sys.modules) - before), file=sys.__stdout__)
 """
 
 
-def test_importing_starts_nothing():
-    """torch alone: no extras, no MPI, no Triton, no compiler, no environment, no threads."""
+@pytest.fixture(scope="module")
+def imported():
+    """The modules that come with syncbn, in a new process, and those after ``syncbn info``."""
     result = subprocess.run(
         [sys.executable, "-c", IMPORT], capture_output=True, text=True, timeout=120, check=False
     )
     assert result.returncode == 0, result.stderr
-    roots = {name.split(".")[0] for name in result.stdout.split()}
-    assert roots == {"syncbn"}
-    assert not {"syncbn.cli", "syncbn.demo"} & set(result.stdout.split())
+    return [set(line.split()) for line in result.stdout.splitlines()]
+
+
+def roots(names):
+    return {name.partition(".")[0] for name in names}
+
+
+def test_importing_starts_nothing(imported):
+    """torch alone: no extras, no MPI, no Triton, no compiler, no environment, no threads."""
+    names, _ = imported
+    assert roots(names) == {"syncbn"}
+    assert not {"syncbn.cli", "syncbn.demo"} & names
+
+
+def test_importing_takes_no_dtensors(imported):
+    names, _ = imported
+    assert "torch.distributed.tensor" not in names
+
+
+def test_info_takes_torch_alone(imported):
+    _, names = imported
+    assert roots(names) - sys.stdlib_module_names == {"syncbn"}
 
 
 # From the top down: a folder of csrc/ includes from itself and from those after it. Only the first

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from cases import Case, check, step
 from contract import CHECKS, check_interleaved
 from ranks import RankFailure
-from test_ddp import assert_same_state, batches, network
+from training import assert_same_state, batches, network, train_in_shares
 
 import syncbn
 from syncbn.comm import MPI
@@ -131,24 +131,6 @@ def test_tensors_of_a_gpu_pass_through_the_cpu(mpi_ranks):
     oracle.assert_close(torch.cat(mpi_ranks(2, on_gpu)), expected.dx, factor=4)
 
 
-def train(model, data, whole, total):
-    """Twenty steps of ``whole`` samples each; ``total`` sums gradients over ranks.
-
-    Not by torch.optim, which imports as much again as torch.
-    """
-    parameters = list(model.parameters())
-    velocities = [torch.zeros_like(parameter) for parameter in parameters]
-    for x, target in data:
-        loss = torch.nn.functional.cross_entropy(model(x), target, reduction="sum") / whole
-        gradients = torch.autograd.grad(loss, parameters)
-        with torch.no_grad():
-            for parameter, velocity, gradient in zip(
-                parameters, velocities, gradients, strict=True
-            ):
-                velocity.mul_(0.9).add_(total(gradient))
-                parameter.sub_(0.1 * velocity)
-
-
 @pytest.mark.parametrize("split", [(5, 2), (1, 0, 6)], ids=str)
 def test_training_equals_one_process(mpi_ranks, split):
     """Uneven and empty shares in float64, gradients summed by MPI too, running statistics."""
@@ -158,11 +140,11 @@ def test_training_equals_one_process(mpi_ranks, split):
         comm = MPI()
         model = syncbn.convert(network(), comm)
         mine = slice(sum(split[:rank]), sum(split[: rank + 1]))
-        train(model, [(x[mine], y[mine]) for x, y in data], sum(split), comm.all_reduce)
+        train_in_shares(model, [(x[mine], y[mine]) for x, y in data], sum(split), comm.all_reduce)
         return model.state_dict()
 
     alone = network()
-    train(alone, data, sum(split), lambda gradient: gradient)
+    train_in_shares(alone, data, sum(split), lambda gradient: gradient)
     assert_same_state(mpi_ranks(len(split), training), alone.state_dict())
 
 

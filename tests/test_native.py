@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-
 import oracle
 import pytest
 import torch
 from cases import laid_out, layouts
 from hypothesis import given
 from hypothesis import strategies as st
+from scripts import execute
 
 import syncbn
 from syncbn import kernels
@@ -19,17 +16,6 @@ from syncbn.kernels import composite, native
 from syncbn.numerics.moments import unpack
 
 needs_native = pytest.mark.skipif(not native.available(), reason=str(native.unavailable()))
-
-
-def run_python(program: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-c", program],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        env=os.environ | environment,
-        check=False,
-    )
 
 
 @st.composite
@@ -158,11 +144,12 @@ print(kernels.select_kernels(torch.ones(2, 2)).steps.NAME)
 
 
 def test_the_environment_chooses():
-    assert run_python(WHICH, SYNCBN_KERNELS="composite").stdout.strip() == "composite"
-    result = run_python(WHICH, SYNCBN_KERNELS="fast")
-    assert result.returncode != 0
-    assert "SYNCBN_KERNELS: expected native or composite, got 'fast'" in result.stderr
-    chosen = run_python(WHICH, SYNCBN_KERNELS="native")
+    (chosen,) = execute(WHICH, SYNCBN_KERNELS="composite")
+    assert chosen.stdout.strip() == "composite"
+    (chosen,) = execute(WHICH, SYNCBN_KERNELS="fast")
+    assert chosen.code != 0
+    assert "SYNCBN_KERNELS: expected native or composite, got 'fast'" in chosen.stderr
+    (chosen,) = execute(WHICH, SYNCBN_KERNELS="native")
     if native.available():
         assert chosen.stdout.strip() == "native"
     else:

@@ -14,6 +14,7 @@ from contract import check_interleaved
 from in_threads import in_threads, outcomes, share
 from scripts import execute
 from torch import nn
+from training import assert_same_state, batches, network, train_in_shares
 
 import syncbn
 from syncbn.comm import threads
@@ -99,45 +100,20 @@ def test_a_step_equals_the_whole_batchs(split, offset):
     assert all(torch.equal(variances[0], other) for other in variances)
 
 
-def network():
-    torch.manual_seed(1)
-    return nn.Sequential(
-        nn.Conv2d(2, 4, 3),
-        nn.BatchNorm2d(4),
-        nn.ReLU(),
-        nn.Conv2d(4, 3, 2),
-        nn.BatchNorm2d(3, momentum=None),
-        nn.Flatten(),
-        nn.Linear(3 * 3 * 3, 2),
-    ).double()
-
-
-def train(model, batches, whole, reduce):
-    """Three steps of SGD on mean losses of the whole batch."""
-    optimiser = torch.optim.SGD(model.parameters(), lr=0.3, momentum=0.9)
-    for x, target in batches:
-        optimiser.zero_grad()
-        loss = nn.functional.cross_entropy(model(x), target, reduction="sum") / whole
-        loss.backward()
-        for parameter in model.parameters():
-            parameter.grad = reduce(parameter.grad)
-        optimiser.step()
-    return model.state_dict()
-
-
 @pytest.mark.parametrize("split", [(3, 2, 1), (4, 0, 2)], ids=str)
 def test_training_in_three_threads_equals_one_process(split):
-    batches = [(torch.randn(6, 2, 6, 6).double(), torch.randint(2, (6,))) for _ in range(3)]
-    expected = train(network(), batches, 6, lambda gradient: gradient)
-    model = network()
+    data = batches(6)[:3]
+    model, alone = network(), network()
+    train_in_shares(alone, data, 6, lambda gradient: gradient)
 
     def run(comm):
-        mine = [tuple(share(tensor, split, comm.rank) for tensor in batch) for batch in batches]
+        mine = [tuple(share(tensor, split, comm.rank) for tensor in batch) for batch in data]
         replica = syncbn.convert(copy.deepcopy(model), comm)
-        return train(replica, mine, 6, comm.all_reduce)
+        train_in_shares(replica, mine, 6, comm.all_reduce)
+        return replica.state_dict()
 
     first, *others = in_threads(3, run)
-    torch.testing.assert_close(first, expected, rtol=1e-9, atol=1e-11)
+    assert_same_state([first], alone.state_dict())
     for other in others:
         assert all(torch.equal(first[name], value) for name, value in other.items())
 

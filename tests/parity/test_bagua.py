@@ -12,9 +12,9 @@ import torch
 import torch.distributed as dist
 from cases import Case, check, step
 from layers import Silent
-from test_ddp import assert_same_state, batches, network, share, train
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from training import assert_same_state, batches, network, share, train
 
 import syncbn
 
