@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import signal
 from collections.abc import Iterator
 
 import hypothesis
@@ -9,7 +8,12 @@ import torch
 from mpijob import Job, missing
 from ranks import Worlds
 
-pytest.register_assert_rewrite("cases", "compiling", "contract", "layers", "oracle", "replicas")
+from syncbn import kernels
+from syncbn.kernels import native
+
+pytest.register_assert_rewrite(
+    "cases", "compiling", "contract", "layers", "oracle", "replicas", "training"
+)
 torch.set_num_threads(1)  # of this process; other runs on the machine make more threads slow
 
 common = {"deadline": None, "print_blob": True}
@@ -41,15 +45,9 @@ def _seed() -> None:
     torch.manual_seed(0)
 
 
-@pytest.fixture
-def no_hang() -> Iterator[None]:
-    """For what waits in this process: an error after two minutes."""
-
-    def fail(*_: object) -> None:
-        raise TimeoutError("no end after two minutes")
-
-    before = signal.signal(signal.SIGALRM, fail)
-    signal.alarm(120)
-    yield
-    signal.alarm(0)
-    signal.signal(signal.SIGALRM, before)
+@pytest.fixture(params=["native", "composite"])
+def implementation(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each implementation of the kernels in turn."""
+    if request.param == "native" and not native.available():
+        pytest.skip(native.unavailable())
+    monkeypatch.setattr(kernels, "_usable", {request.param, "composite"})

@@ -17,8 +17,6 @@ from torch.utils.checkpoint import checkpoint
 
 import syncbn
 
-pytestmark = pytest.mark.usefixtures("no_hang")
-
 
 class UsedTwice(nn.Module):
     """One layer used twice in a forward, and known by two names."""

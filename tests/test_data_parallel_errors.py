@@ -15,8 +15,6 @@ from torch.utils.checkpoint import checkpoint
 import syncbn
 from syncbn.comm import LOCAL, ReplicaGroup
 
-pytestmark = pytest.mark.usefixtures("no_hang")
-
 
 class Custom(Exception):
     pass

@@ -247,7 +247,6 @@ def test_threads_that_share_a_model():
     assert not left(model)
 
 
-@pytest.mark.usefixtures("no_hang")
 def test_replicas_that_are_watched_name_their_layers():
     model = syncbn.DataParallel(syncbn.convert(network()), ["cpu"] * 2)
     context = watching(model)

@@ -19,13 +19,6 @@ NAMES = ["input", "running_mean", "running_var", "weight", "bias", "num_batches_
 needs_native = pytest.mark.skipif(not native.available(), reason=str(native.unavailable()))
 
 
-@pytest.fixture(params=["native", "composite"])
-def implementation(request, monkeypatch):
-    if request.param == "native" and not native.available():
-        pytest.skip(native.unavailable())
-    monkeypatch.setattr(kernels, "_usable", {request.param, "composite"})
-
-
 def free(tensor):
     tensor.untyped_storage().resize_(0)
 
@@ -187,7 +180,7 @@ def test_every_operator_and_argument(harm):
 
 @harms
 @pytest.mark.parametrize("name", ["input", "weight", "running_mean", "num_batches_tracked"])
-@pytest.mark.usefixtures("implementation", "no_hang")
+@pytest.mark.usefixtures("implementation")
 def test_replicas(harm, name):
     layer, x, tensors = layer_and_tensors()
     model = syncbn.DataParallel(layer, ["cpu"] * 2)
@@ -199,7 +192,7 @@ def test_replicas(harm, name):
     assert name == "num_batches_tracked" or layer.num_batches_tracked == 0
 
 
-@pytest.mark.usefixtures("implementation", "no_hang")
+@pytest.mark.usefixtures("implementation")
 def test_replicas_in_backward():
     layer, x, _ = layer_and_tensors()
     seen = []

@@ -12,7 +12,9 @@ import syncbn
 SHAPE = (6, 3, 4, 4)  # of both ranks' batch
 MEANS = (100.0, -3.0, 1.0)  # of channels with deviation 1
 MOMENTA = (0.1, None)
-steps = pytest.mark.parametrize("steps", [300, pytest.param(10_000, marks=pytest.mark.slow)])
+steps = pytest.mark.parametrize(
+    "steps", [300, pytest.param(10_000, marks=[pytest.mark.slow, pytest.mark.timeout(1200)])]
+)
 
 
 def batches(steps):

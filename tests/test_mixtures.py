@@ -12,8 +12,6 @@ from in_threads import in_threads
 from layers import Pair, Silent
 
 import syncbn
-from syncbn import kernels
-from syncbn.kernels import native
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # (input, weight, bias, running_mean, running_var): of a kind, all but one of a kind, each another
@@ -23,13 +21,6 @@ MIXTURES = [
     *((x, w, b, b, w) for x, (b, w) in product(DTYPES, combinations_with_replacement(DTYPES, 2))),
 ]
 NAMES = ("weight", "bias", "running_mean", "running_var")
-
-
-@pytest.fixture(params=["native", "composite"])
-def implementation(request, monkeypatch):
-    if request.param == "native" and not native.available():
-        pytest.skip(native.unavailable())
-    monkeypatch.setattr(kernels, "_usable", {request.param, "composite"})
 
 
 def layer_of(dtypes, **options):
@@ -87,7 +78,7 @@ def test_every_mixture_trains(reproducible):
 
 
 @pytest.mark.parametrize("replicas", [False, True])
-@pytest.mark.usefixtures("implementation", "no_hang")
+@pytest.mark.usefixtures("implementation")
 def test_over_ranks_and_replicas(replicas):
     """Ranks of different parameters, too: each has gradients of its own types."""
     for x_dtype, *dtypes in MIXTURES[::5]:
@@ -210,7 +201,7 @@ def storages(tensors):
 @pytest.mark.parametrize("wants_x", [True, False])
 @pytest.mark.parametrize("create_graph", [True, False])
 @pytest.mark.parametrize("path", ["alone", "of two", "reproducible", "replicas"])
-@pytest.mark.usefixtures("implementation", "no_hang")
+@pytest.mark.usefixtures("implementation")
 def test_each_gradient_has_memory_of_its_own(wants_x, create_graph, path):
     options = {"of two": {"process_group": Pair()}, "reproducible": {"reproducible": True}}
     layer = syncbn.SyncBatchNorm(3, dtype=torch.float64, **options.get(path, {}))

@@ -12,20 +12,12 @@ from torch import nn
 
 import syncbn
 from syncbn import kernels
-from syncbn.kernels import native
 
 PATHS = ["alone", "of two", "reproducible", "replicas", "masked"]
 
 
-@pytest.fixture(params=["native", "composite"])
-def implementation(request, monkeypatch):
-    if request.param == "native" and not native.available():
-        pytest.skip(native.unavailable())
-    monkeypatch.setattr(kernels, "_usable", {request.param, "composite"})
-
-
 @pytest.fixture(params=PATHS)
-def path(request, implementation, no_hang):
+def path(request, implementation):
     """How a layer is made and called."""
 
     def make(**options):

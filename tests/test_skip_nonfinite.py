@@ -17,7 +17,6 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 import syncbn
-from syncbn import kernels
 
 BAD = [math.inf, -math.inf, math.nan]
 
@@ -55,13 +54,6 @@ def check(buffers, xs, momentum=0.1, dtype=None):
     skipped = sum(not x.isfinite().all() for x in xs)
     assert buffers["num_batches_tracked"] == len(xs) - skipped
     assert buffers["num_batches_skipped"] == skipped
-
-
-@pytest.fixture(params=["native", "composite"])
-def implementation(request, monkeypatch):
-    if request.param == "native" and not kernels.native.available():
-        pytest.skip(kernels.native.unavailable())
-    monkeypatch.setattr(kernels, "_usable", {request.param, "composite"})
 
 
 @pytest.mark.parametrize("bad", BAD)

@@ -12,20 +12,12 @@ from layers import saved_and_loaded
 from torch import nn
 
 import syncbn
-from syncbn import kernels
 
 HALVES = [torch.float16, torch.bfloat16]
 
 
 def wide(channels=3, **options):
     return syncbn.SyncBatchNorm2d(channels, statistics_dtype=torch.float64, **options)
-
-
-@pytest.fixture(params=["native", "composite"])
-def implementation(request, monkeypatch):
-    if request.param == "native" and not kernels.native.available():
-        pytest.skip(kernels.native.unavailable())
-    monkeypatch.setattr(kernels, "_usable", {request.param, "composite"})
 
 
 def dtypes(layer):

@@ -15,8 +15,6 @@ from torch import nn
 import syncbn
 from syncbn.kernels import composite
 
-pytestmark = pytest.mark.usefixtures("no_hang")
-
 
 def layers_agree(ours, theirs, shape):
     """Over three replicas and on one device, in training and eval mode."""
