@@ -16,6 +16,7 @@ namespace syncbn::SYNCBN_ISA {
 // clang-format off: the later ones use the earlier ones
 #include "loops/vector.h"
 #include "loops/elements.h"
+#include "loops/merge.h"
 #include "loops/moments.h"
 #include "loops/streams.h"
 #include "loops/contiguous.h"

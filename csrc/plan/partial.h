@@ -8,6 +8,8 @@
 
 namespace syncbn {
 
+#include "loops/merge.h"
+
 // Means and M2, or Σdy and Σdy·(x − shift), as two arrays over columns or channels. Partial ones
 // have a row of columns for each segment, and one more for the tail.
 struct MomentArrays {
@@ -17,11 +19,24 @@ struct MomentArrays {
   }
 };
 
+// Which columns belong to a channel: at(c, g) for each g below `groups`.
+struct ChannelColumns {
+  int64_t groups, channel_stride, group_stride;
+
+  explicit ChannelColumns(const Work& w)
+      : groups(w.columns / w.channels),
+        channel_stride(w.divide == 1 ? 1 : groups),
+        group_stride(w.divide == 1 ? w.channels : 1) {}
+  int64_t at(int64_t channel, int64_t group) const {
+    return channel * channel_stride + group * group_stride;
+  }
+};
+
 inline bool finite(double v) { return v - v == 0; }
 
 // --- moments ---------------------------------------------------------------------------------
 
-// Splits means into a base and an offset from it: see Merge in loops/moments.h.
+// Splits means into a base and an offset from it: see Merge in loops/merge.h.
 inline void split_means(int64_t n, const double* mean, double* base, double* offset) {
   for (int64_t j = 0; j < n; ++j) base[j] = finite(mean[j]) ? mean[j] : 0;
   for (int64_t j = 0; j < n; ++j) offset[j] = mean[j] - base[j];
@@ -48,23 +63,20 @@ inline void merge_segments(const Work& w, const MomentArrays& partial, double* b
 // number per channel.
 inline void merge_columns(const Work& w, const MomentArrays& partial, double* base,
                           const MomentArrays& result) {
-  const int64_t groups = w.columns / w.channels;
-  const int64_t step = w.divide == 1 ? 1 : groups, jump = w.divide == 1 ? w.channels : 1;
+  const ChannelColumns columns(w);
   auto count = [&](int64_t g) { return double(w.positions + (g * w.channels < w.tail)); };
-  for (int64_t c = 0; c < w.channels; ++c) result.first[c] = partial.first[c * step];
-  for (int64_t c = 0; c < w.channels; ++c) result.second[c] = partial.second[c * step];
+  for (int64_t c = 0; c < w.channels; ++c) result.first[c] = partial.first[columns.at(c, 0)];
+  for (int64_t c = 0; c < w.channels; ++c) result.second[c] = partial.second[columns.at(c, 0)];
   split_means(w.channels, result.first, base, result.first);
   double before = count(0);
-  for (int64_t g = 1; g < groups; ++g) {
-    const double more = count(g), all = before + more;
-    const double keep = before / all, weight = more / all, product = before * weight;
+  for (int64_t g = 1; g < columns.groups; ++g) {
+    const Merge merge(before, count(g));
     for (int64_t c = 0; c < w.channels; ++c) {
-      const int64_t j = g * jump + c * step;
-      const double offset = partial.first[j] - base[c], delta = offset - result.first[c];
-      result.first[c] = result.first[c] * keep + offset * weight;
-      result.second[c] += partial.second[j] + delta * delta * product;
+      const int64_t j = columns.at(c, g);
+      merge.moments(base[c], result.first[c], result.second[c], partial.first[j],
+                    partial.second[j]);
     }
-    before = all;
+    before += count(g);
   }
   for (int64_t c = 0; c < w.channels; ++c) result.first[c] += base[c];
 }
@@ -82,15 +94,14 @@ inline void add_segments(const Work& w, const MomentArrays& partial, int64_t beg
 
 // Adds up the sums of each channel's columns, the tail's among them.
 inline void add_columns(const Work& w, const MomentArrays& partial, const MomentArrays& result) {
-  const int64_t groups = w.columns / w.channels;
+  const ChannelColumns columns(w);
   const MomentArrays tail = partial.row(w.segments, w.columns);
   for (int64_t j = 0; j < w.tail; ++j) partial.first[j] += tail.first[j];
   for (int64_t j = 0; j < w.tail; ++j) partial.second[j] += tail.second[j];
-  const int64_t step = w.divide == 1 ? 1 : groups, jump = w.divide == 1 ? w.channels : 1;
   for (int64_t c = 0; c < w.channels; ++c) {
     double first = 0, second = 0;
-    for (int64_t g = 0; g < groups; ++g) first += partial.first[g * jump + c * step];
-    for (int64_t g = 0; g < groups; ++g) second += partial.second[g * jump + c * step];
+    for (int64_t g = 0; g < columns.groups; ++g) first += partial.first[columns.at(c, g)];
+    for (int64_t g = 0; g < columns.groups; ++g) second += partial.second[columns.at(c, g)];
     result.first[c] = first;
     result.second[c] = second;
   }

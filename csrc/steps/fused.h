@@ -33,48 +33,37 @@ inline void forward(const Parallel& parallel, const Work& w, const View& x, cons
                     const Affine& affine, const Running& running, double eps, double* mean,
                     double* invstd) {
   const double count = double(w.count()), momentum = running.count_batch();
-  Scratch scratch(w.columns * (2 * w.segments + 7) + 4 * w.channels);
-  MomentArrays partial{scratch.take(w.columns * (w.segments + 1)),
-                       scratch.take(w.columns * (w.segments + 1))};
+  if (!tile_by_tile(parallel, w)) {
+    Scratch scratch(1 + 2 * w.channels);
+    double *packed = scratch.take(1 + 2 * w.channels), *m2 = packed + 1 + w.channels;
+    measure(parallel, w, x, packed);
+    for (int64_t c = 0; c < w.channels; ++c) mean[c] = packed[1 + c];
+    update_running(running, 0, w.channels, momentum, count, mean, m2);
+    w.per_channel->inverse_deviation(w.channels, count, m2, eps, invstd);
+    normalise(parallel, w, x, y, affine, {count, mean, invstd});
+    return;
+  }
+  Scratch scratch(w.columns * (2 * w.segments + 5) + 2 * w.channels);
+  const MomentArrays partial = take_moments(scratch, w.columns * w.segments);
   double *weight = scratch.take(w.channels), *bias = scratch.take(w.channels);
   const Coefficients k = take_coefficients(scratch, w.columns);
   double* base = scratch.take(w.columns);
   read_parameter(affine.weight, w.channels, 1, weight);
   read_parameter(affine.bias, w.channels, 0, bias);
-
-  auto measure = [&](int64_t t, int64_t s) {
-    measure_tile(w, x, w.tile(t, s), partial.row(s, w.columns));
-  };
   const ChannelValues values{mean, invstd, weight, bias};
-  // From moments to coefficients; returns whether these fit.
-  auto conclude = [&](int64_t begin, int64_t end, const MomentArrays& moments) {
+  over_tiles(parallel, w, [&](int64_t t, int64_t begin, int64_t end) {
+    for (int64_t s = 0; s < w.segments; ++s)
+      measure_tile(w, x, w.tile(t, s), partial.row(s, w.columns));
+    merge_segments(w, partial, base, begin, end);
     const int64_t n = end - begin;
-    for (int64_t c = begin; c < end; ++c) mean[c] = moments.first[c];
-    update_running(running, begin, end, momentum, count, moments.first, moments.second);
-    w.per_channel->inverse_deviation(n, count, moments.second + begin, eps, invstd + begin);
-    return w.per_channel->forward_coefficients(n, from_channel(values, begin),
-                                               from_channel(w, k, begin));
-  };
-  auto normalise = [&](const Tile& t, bool fits) { normalise_tile(w, x, y, t, k, values, fits); };
-
-  if (tile_by_tile(parallel, w)) {
-    over_tiles(parallel, w, [&](int64_t t, int64_t begin, int64_t end) {
-      for (int64_t s = 0; s < w.segments; ++s) measure(t, s);
-      merge_segments(w, partial, base, begin, end);
-      const bool fits = conclude(begin, end, partial);
-      for (int64_t s = w.segments - 1; s >= 0; --s) normalise(w.tile(t, s), fits);
-    });
-    return;
-  }
-  over_units(parallel, w, false, measure);
-  measure_tail(w, x, partial);
-  merge_segments(w, partial, base, 0, w.columns);
-  const MomentArrays result{scratch.take(w.channels), scratch.take(w.channels)};
-  merge_columns(w, partial, base, result);
-  const bool fits = conclude(0, w.channels, result);
-  spread_coefficients(w, {k.shift, k.scale, k.offset});
-  over_units(parallel, w, true, [&](int64_t t, int64_t s) { normalise(w.tile(t, s), fits); });
-  w.over_tail([&](const Tile& t) { normalise(t, fits); });
+    for (int64_t c = begin; c < end; ++c) mean[c] = partial.first[c];
+    update_running(running, begin, end, momentum, count, mean, partial.second);
+    w.per_channel->inverse_deviation(n, count, partial.second + begin, eps, invstd + begin);
+    const bool fits = w.per_channel->forward_coefficients(n, from_channel(values, begin),
+                                                          from_channel(w, k, begin));
+    for (int64_t s = w.segments - 1; s >= 0; --s)
+      normalise_tile(w, x, y, w.tile(t, s), k, values, fits);
+  });
 }
 
 // Writes dx, and per channel Σdy and Σdy·x̂ into sums.
@@ -89,7 +78,7 @@ inline void backward(const Parallel& parallel, const Work& w, const View& dy, co
     return;
   }
   Scratch scratch(2 * w.columns * w.segments + w.channels + 4 * w.columns);
-  MomentArrays partial{scratch.take(w.columns * w.segments), scratch.take(w.columns * w.segments)};
+  const MomentArrays partial = take_moments(scratch, w.columns * w.segments);
   double* weight = scratch.take(w.channels);
   const Coefficients k = take_coefficients(scratch, w.columns);
   read_parameter(weights, w.channels, 1, weight);

@@ -30,6 +30,10 @@ class Scratch {
   double* next_;
 };
 
+inline MomentArrays take_moments(Scratch& scratch, int64_t numbers) {
+  return {scratch.take(numbers), scratch.take(numbers)};
+}
+
 inline Coefficients take_coefficients(Scratch& scratch, int64_t columns) {
   return {scratch.take(columns), scratch.take(columns), scratch.take(columns),
           scratch.take(columns)};
@@ -83,8 +87,7 @@ inline void measure_tail(const Work& w, const View& x, const MomentArrays& parti
 inline void measure(const Parallel& parallel, const Work& w, const View& x, double* packed) {
   Scratch scratch(w.columns * (2 * w.segments + 3));
   MomentArrays result{packed + 1, packed + 1 + w.channels};
-  MomentArrays partial{scratch.take(w.columns * (w.segments + 1)),
-                       scratch.take(w.columns * (w.segments + 1))};
+  MomentArrays partial = take_moments(scratch, w.columns * (w.segments + 1));
   packed[0] = double(w.count());
   const bool direct = w.columns == w.channels && w.segments == 1;
   if (direct) partial = result;
@@ -150,8 +153,7 @@ inline void gradient_sums(const Parallel& parallel, const Work& w, const View& d
   Scratch scratch(w.columns + 2 * w.columns * (w.segments + 1));
   double* shift = scratch.take(w.columns);
   MomentArrays result{sums, sums + w.channels};
-  MomentArrays partial{scratch.take(w.columns * (w.segments + 1)),
-                       scratch.take(w.columns * (w.segments + 1))};
+  MomentArrays partial = take_moments(scratch, w.columns * (w.segments + 1));
   w.per_channel->round_means(w.channels, mean, shift);
   spread_coefficients(w, {shift});
   over_units(parallel, w, false, [&](int64_t t, int64_t s) {

@@ -36,9 +36,22 @@ void for_positions(const View& x, const Tile& t, Body body) {
   }
 }
 
-// Whether float cannot hold column j's coefficients: its scale then is NaN (see moments.h).
-inline bool is_marked(const Work& w, const Coefficients& k, int64_t j) {
-  return w.real_size == 4 && k.scales<float>()[j] != k.scales<float>()[j];
+// Calls body(T{}, j, c, o, i, x̂) at each position of the columns j, of channels c, whose
+// coefficients a float cannot hold: their scale is NaN (see loops/moments.h). v: per channel, of
+// which they are made.
+template <class Body>
+void recompute_values(const Work& w, const View& x, const Tile& t, const Coefficients& k,
+                      const ChannelValues& v, Body body) {
+  auto needed = [&](int64_t j) {
+    return w.real_size == 4 && k.scales<float>()[j] != k.scales<float>()[j];
+  };
+  recompute_columns(w, t, needed, [&](auto type, int64_t j) {
+    const int64_t c = w.channel(j);
+    for_positions(x, t, [&](int64_t o, int64_t i) {
+      const double value = widen(*x.at<decltype(type)>(j, o, i));
+      body(type, j, c, o, i, (value - v.mean[c]) * v.invstd[c]);
+    });
+  });
 }
 
 inline void measure_tile(const Work& w, const View& x, const Tile& t, const MomentArrays& to) {
@@ -67,13 +80,9 @@ inline void normalise_tile(const Work& w, const View& x, const View& y, const Ti
                            const Coefficients& k, const ChannelValues& v, bool fits) {
   w.loops->normalise(x, y, t, k);
   if (fits) return;
-  recompute_columns(w, t, [&](int64_t j) { return is_marked(w, k, j); }, [&](auto type, int64_t j) {
-    using T = decltype(type);
-    const int64_t c = w.channel(j);
-    for_positions(x, t, [&](int64_t o, int64_t i) {
-      const double normal = (widen(*x.at<T>(j, o, i)) - v.mean[c]) * v.invstd[c];
-      narrow(normal * v.weight[c] + v.bias[c], y.at<T>(j, o, i));
-    });
+  recompute_values(w, x, t, k, v,
+                   [&](auto type, int64_t j, int64_t c, int64_t o, int64_t i, double normal) {
+    narrow(normal * v.weight[c] + v.bias[c], y.at<decltype(type)>(j, o, i));
   });
 }
 
@@ -104,15 +113,11 @@ inline void input_gradient_tile(const Work& w, const View& dy, const View& x, co
   w.loops->input_gradient(dy, x, dx, t, k);
   if (fits) return;
   const double inverse = 1 / (count < 1 ? 1 : count);
-  recompute_columns(w, t, [&](int64_t j) { return is_marked(w, k, j); }, [&](auto type, int64_t j) {
+  recompute_values(w, x, t, k, v,
+                   [&](auto type, int64_t j, int64_t c, int64_t o, int64_t i, double normal) {
     using T = decltype(type);
-    const int64_t c = w.channel(j);
-    for_positions(x, t, [&](int64_t o, int64_t i) {
-      const double normal = (widen(*x.at<T>(j, o, i)) - v.mean[c]) * v.invstd[c];
-      const double through = normal * (projection[c] * inverse) + total[c] * inverse;
-      narrow((widen(*dy.at<T>(j, o, i)) - through) * (v.invstd[c] * v.weight[c]),
-             dx.at<T>(j, o, i));
-    });
+    const double through = normal * (projection[c] * inverse) + total[c] * inverse;
+    narrow((widen(*dy.at<T>(j, o, i)) - through) * (v.invstd[c] * v.weight[c]), dx.at<T>(j, o, i));
   });
 }
 

@@ -86,7 +86,9 @@ inline Dtype check_input(const char* op, const Tensor& x) {
   return *dtype;
 }
 
-inline void check_gradient(const char* op, const Tensor& dy, const Tensor& x) {
+// Checks x too, and gives the dtype of both.
+inline Dtype check_gradient(const char* op, const Tensor& dy, const Tensor& x) {
+  check_input(op, x);
   const std::optional<Dtype> dtype = floating_dtype(dy);
   bool same = dtype && dy.dim() == x.dim() && torch_dtype(dy) == torch_dtype(x);
   for (int64_t d = 0; same && d < x.dim(); ++d) same = dy.size(d) == x.size(d);
@@ -94,6 +96,7 @@ inline void check_gradient(const char* op, const Tensor& dy, const Tensor& x) {
                ", got shape ", shape_text(dy),
                torch_dtype(dy) == torch_dtype(x) ? "" : ", another dtype");
   check_held("the output's gradient", dy, bytes_of[int(*dtype)]);
+  return *dtype;
 }
 
 // The numbers of a float64 tensor, `what`, that has to be contiguous and to hold n of them.

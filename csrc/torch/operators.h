@@ -58,8 +58,7 @@ inline std::tuple<Tensor, Tensor, Tensor, Tensor> normalise(
 
 inline Tensor gradient_sums(const Tensor& dy, const Tensor& x, const Tensor& mean,
                             const Tensor& invstd) {
-  const Dtype dtype = check_input("gradient_sums", x);
-  check_gradient("gradient_sums", dy, x);
+  const Dtype dtype = check_gradient("gradient_sums", dy, x);
   const int64_t channels = x.size(1);
   const double* means = check_doubles("gradient_sums", "mean", mean, channels);
   const double* invstds = check_doubles("gradient_sums", "invstd", invstd, channels);
@@ -77,8 +76,7 @@ inline Tensor gradient_sums(const Tensor& dy, const Tensor& x, const Tensor& mea
 inline Tensor input_gradient(const Tensor& dy, const Tensor& x, const OptionalTensor& weight,
                              const Tensor& mean, const Tensor& invstd, const Tensor& sums,
                              const Tensor& count) {
-  const Dtype dtype = check_input("input_gradient", x);
-  check_gradient("input_gradient", dy, x);
+  const Dtype dtype = check_gradient("input_gradient", dy, x);
   const int64_t channels = x.size(1);
   const double* means = check_doubles("input_gradient", "mean", mean, channels);
   const double* invstds = check_doubles("input_gradient", "invstd", invstd, channels);
@@ -127,8 +125,7 @@ inline std::tuple<Tensor, Tensor, Tensor> batch_norm_backward(const Tensor& dy, 
                                                               const OptionalTensor& weight,
                                                               const OptionalTensor& bias,
                                                               const Tensor& saved) {
-  const Dtype dtype = check_input("batch_norm_backward", x);
-  check_gradient("batch_norm_backward", dy, x);
+  const Dtype dtype = check_gradient("batch_norm_backward", dy, x);
   const int64_t channels = x.size(1);
   SYNCBN_CHECK(x.numel() > 0,
                "syncbn::batch_norm_backward: expected a tensor with values, got shape ",

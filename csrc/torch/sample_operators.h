@@ -106,8 +106,7 @@ inline Tensor merge_samples(const Tensor& received) {
 
 inline Tensor gradient_sums_samples(const Tensor& dy, const Tensor& x, const Tensor& mean,
                                     const Tensor& invstd, const OptionalTensor& lengths) {
-  const Dtype dtype = check_input("gradient_sums_samples", x);
-  check_gradient("gradient_sums_samples", dy, x);
+  const Dtype dtype = check_gradient("gradient_sums_samples", dy, x);
   const int64_t channels = x.size(1), columns = 2 * channels;
   const double* means = check_doubles("gradient_sums_samples", "mean", mean, channels);
   const double* invstds = check_doubles("gradient_sums_samples", "invstd", invstd, channels);
