@@ -140,11 +140,12 @@ class SyncBatchNorm(_BatchNorm):
         """Statistics, their counter, weight, bias: by name each takes a microsecond to find."""
         buffers, parameters = self._buffers, self._parameters
         try:
-            counter = buffers.get("num_batches_tracked")  # which some foreign layers lack
-            statistics = buffers["running_mean"], buffers["running_var"], counter
-            return *statistics, parameters["weight"], parameters["bias"]
+            return (
+                *(buffers["running_mean"], buffers["running_var"], buffers["num_batches_tracked"]),
+                *(parameters["weight"], parameters["bias"]),
+            )
         except KeyError:  # parametrised, or a replica's: an attribute of another kind
-            counter = getattr(self, "num_batches_tracked", None)
+            counter = getattr(self, "num_batches_tracked", None)  # which some foreign ones lack
             return self.running_mean, self.running_var, counter, self.weight, self.bias
 
     def reset_running_stats(self) -> None:
