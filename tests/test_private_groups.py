@@ -192,7 +192,7 @@ def test_one_clone_for_each_group_as_it_was_made(ranks):
 
 def test_a_timeout_that_is_changed_later(ranks):
     def run(rank):
-        group, cpu = dist.new_group([0, 1], use_local_synchronization=True), torch.device("cpu")
+        group, cpu = dist.new_group([0, 1]), torch.device("cpu")
         layer, found = syncbn.SyncBatchNorm1d(2, process_group=group), []
         for seconds in (None, 43, None, 44):
             if seconds is not None:
