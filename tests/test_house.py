@@ -31,7 +31,7 @@ FLOORS = (
 )
 # Within a room: who is imported by whom, from the ground up.
 ROOMS = {
-    "tensors": ({"layout", "transforms"}, {"storages"}, {"recomputation"}),
+    "tensors": ({"layout", "operators", "transforms"}, {"storages"}, {"recomputation"}),
     "numerics": ({"moments"}, {"reproducible"}),
     "step": (
         {"checks", "collectives", "masked", "mode"},

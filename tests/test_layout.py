@@ -131,9 +131,9 @@ def test_gradients_where_a_stride_means_nothing(path, case, turned):
     results = []
     for each, x_, dy_ in ((layer, x, dy), (plain, x.double().contiguous(), dy.double())):
         x_ = x_.detach().requires_grad_()
-        n = x_ if path == "masked eval" else None
-        y = each(x_, mask) if n is not None else each(x_)
-        if each is plain:  # the formula
+        if each is layer:
+            y = layer(x_, mask if path == "masked eval" else None)
+        else:  # the formula
             dims = (0, *range(2, x.dim()))
             mean, var = x_.new_zeros(1), x_.new_ones(1)
             if path == "training":

@@ -52,9 +52,8 @@ def sync_batch_norm(
         training: normalise with the batch's statistics (True) or the running ones (False).
         momentum: in [0, 1], the weight of this batch in the running statistics.
         eps: > 0, added to the variance.
-        group: None (the default group, if one is initialised), a
-            torch.distributed group, a one-dimensional DeviceMesh or a
-            :class:`syncbn.comm.Communicator`.
+        group: None (the default group, if one is initialised), a torch.distributed group, a
+            one-dimensional DeviceMesh or a :class:`syncbn.comm.Communicator`.
         mask: (N, *) bool or None. Only positions where it is True count, over all ranks; elsewhere
             output and gradient are zero, whatever ``input`` holds there. One mask for all channels
             (:func:`syncbn.mask_from_lengths` makes one of padded sequences); may be all False, and

@@ -107,7 +107,7 @@ def check_shape(name: str, shape: tuple[int, ...], input: Tensor) -> None:
 def check_tensors(input: Tensor, affine: Affine, running: Running) -> None:
     """Refuse tensors that aren't (C,), floating and on the device of input (N, C, *)."""
     check_input(input)
-    shape, device = input.shape[1:2], input.device
+    shape, device, whole = input.shape[1:2], input.device, is_dtensor(input)
     for name, tensor in (
         ("running_mean", running.mean),
         ("running_var", running.var),
@@ -120,7 +120,7 @@ def check_tensors(input: Tensor, affine: Affine, running: Running) -> None:
             and tensor.device == device
             and tensor.dtype in FLOATING
             and tensor.layout is torch.strided
-            and (is_dtensor(input) or not is_dtensor(tensor))
+            and (whole or not is_dtensor(tensor))
             and is_held(tensor)
         ):
             _refuse(name, tensor, input)

@@ -44,6 +44,9 @@ def normalise(
     skipped: where given, counts batches whose statistics are not finite and move nothing.
     """
     mode = find_mode(input, options.training)
+    if mask is not None:
+        check_input(input)
+        check_mask(mask, input)
     conclude = None
     if options.training:
         if mode.transforming or skipped is not None:  # others may stand in for these below
@@ -53,9 +56,6 @@ def normalise(
         if mode.transforming:
             check_movable(*running[:3], skipped, input, mask)
         running, conclude = begin_update(running, mode, skipped)
-    if mask is not None:
-        check_input(input)
-        check_mask(mask, input)
     comm = LOCAL if mode.silent else resolve(options.group)
     call = Call(input, affine, running, options, mode, comm)
     if mode.transforming:
@@ -89,9 +89,9 @@ def normalise_dense(call: Call) -> Tensor:
         momentum = running.momentum
         check_options(0.0 if momentum is None else momentum, options.eps)
         # Before the table, and before the checks, which its operators make in no time.
-        alone = comm.size == 1 and not isinstance(comm, Replica)
-        alone = alone and options.training and not options.reproducible
-        fused = find_fused(input, affine, running) if alone and not mode.compiling else None
+        usual = options.training and not (options.reproducible or mode.compiling)
+        alone = usual and comm.size == 1 and not isinstance(comm, Replica)
+        fused = find_fused(input, affine, running) if alone else None
         try:
             if fused is not None:
                 return normalise_fused(input, affine, running, options.eps, fused)
@@ -179,6 +179,11 @@ PATHS = (
         "a DTensor is the whole batch: it sends by itself what its shards need",
     ),
     Path(
+        lambda call: not call.options.training,
+        _normalise_as_torch,
+        "the running statistics are there: nothing is measured, nothing sent",
+    ),
+    Path(
         lambda call: isinstance(call.comm, Replica),
         normalise_replica,
         "the other parts of this process's batch are in other threads",
@@ -194,7 +199,7 @@ PATHS = (
         "statistics come from all ranks",
     ),
     Path(
-        lambda call: call.options.training and _needs_own_kernels(call),
+        _needs_own_kernels,
         _normalise_over_ranks,
         "one process, but a batch that torch's operator does not take",
     ),

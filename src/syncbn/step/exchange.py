@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from ..comm import Communicator
-from ..kernels import Running, composite
+from ..kernels import Running, SampleKernels, composite
 from ..numerics.moments import merge, stacked, unpack, wide_dtype
 from ..tensors.layout import samplewise_contiguous
 from ..tensors.storages import held_in_graph
@@ -96,15 +96,19 @@ class ReproducibleExchange(Exchange):
         self.lengths = lengths
 
     def reduce(self, parts: Sequence[Normalised], dys: Sequence[Tensor]) -> Sums:
-        (part,), dy = parts, samplewise_contiguous(dys[0])
-        samples = part.kernels.samples or composite
+        (part,), dy, samples = parts, samplewise_contiguous(dys[0]), _samples(parts)
         sent = samples.gradient_sums_samples(dy, part.x, part.statistics, self.lengths)
         own = samples.total_samples(sent.unsqueeze(0))
         return Sums((own,), samples.total_samples(self.comm.all_gather(sent)))
 
     def _measure(self, parts: Sequence[Part]) -> Tensor:
         (part,) = parts
-        return (part.kernels.samples or composite).measure_samples(part.x, self.lengths)
+        return _samples(parts).measure_samples(part.x, self.lengths)
 
     def _merged(self, parts: Sequence[Part], received: Tensor) -> Tensor:
-        return (parts[0].kernels.samples or composite).merge_samples(received)
+        return _samples(parts).merge_samples(received)
+
+
+def _samples(parts: Sequence[Part | Normalised]) -> SampleKernels:
+    """Those of the one part's kernels, or of the specification, which has them for all tensors."""
+    return parts[0].kernels.samples or composite

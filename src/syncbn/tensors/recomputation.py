@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from .storages import check_held, define
+from .operators import define
+from .storages import check_held
 
 
 class _Thread(threading.local):
