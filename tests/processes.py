@@ -35,3 +35,9 @@ def forked_launches() -> Iterator[None]:
     forkserver.ensure_running()  # launch() blocks signals, which what it starts would inherit
     with mock.patch.object(multiprocessing, "get_context", return_value=CONTEXT):
         yield
+
+
+def fork_on() -> None:
+    """What this process, which is forked, starts itself is forked from it in turn."""
+    fork = multiprocessing.get_context("fork")  # it has imported everything, and has no threads
+    multiprocessing.get_context = lambda method: fork  # type: ignore[assignment]

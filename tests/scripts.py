@@ -12,7 +12,7 @@ import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
-from processes import CONTEXT
+from processes import CONTEXT, fork_on
 
 
 @dataclass(frozen=True)
@@ -72,6 +72,7 @@ def _run(
         with file.open("w") as opened:
             os.dup2(opened.fileno(), descriptor)
     os.environ.update(variables)
+    fork_on()
     sys.argv = [str(program), *arguments]
     if isinstance(program, str):
         exec(compile(program, "<program>", "exec"), {"__name__": "__main__"})

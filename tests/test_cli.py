@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import multiprocessing
 import os
@@ -14,11 +15,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from processes import CONTEXT, forked_launches
+from processes import CONTEXT, fork_on, forked_launches
 from scripts import execute
 
-pytest.importorskip("sklearn")
-pytest.importorskip("matplotlib")
+if any(importlib.util.find_spec(name) is None for name in ("sklearn", "matplotlib")):
+    pytest.skip("needs the extra [cli]", allow_module_level=True)
 
 from syncbn.cli import main
 from syncbn.demo import train
@@ -241,8 +242,7 @@ def _forked_demo(folder: Path, streams: list[Path]) -> None:
     for descriptor, stream in enumerate(streams, 1):
         with stream.open("w") as opened:
             os.dup2(opened.fileno(), descriptor)
-    fork = multiprocessing.get_context("fork")  # this process has no threads
-    multiprocessing.get_context = lambda method: fork  # type: ignore[assignment]
+    fork_on()
     sys.exit(main(DEMO))
 
 

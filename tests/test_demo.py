@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import signal
@@ -15,13 +16,12 @@ import pytest
 import torch
 from processes import forked_launches
 
-pytest.importorskip("sklearn")
-pytest.importorskip("matplotlib")
-pytest.importorskip("rich")
+if any(importlib.util.find_spec(name) is None for name in ("sklearn", "matplotlib", "rich")):
+    pytest.skip("needs the extra [cli]", allow_module_level=True)
 
 from rich.console import Console
 
-from syncbn.demo import data, picture, report, train
+from syncbn.demo import data, report, train
 from syncbn.demo.network import network
 from syncbn.demo.options import ARMS, PLAIN, SYNCBN, WHOLE, DemoOptions
 from syncbn.demo.run import Report, run
@@ -130,6 +130,8 @@ def test_json_has_no_number_that_json_lacks(toy: Report) -> None:
 
 def test_picture_shows_three_curves(toy: Report, tmp_path: Path) -> None:
     from PIL import Image
+
+    from syncbn.demo import picture
 
     path = tmp_path / "curves.png"
     picture.draw(toy, path)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from datetime import timedelta
-from pathlib import Path
 
 import pytest
 import torch
@@ -63,8 +62,9 @@ def test_a_peer_that_is_gone_ends_the_examples_call(on_two):
     on_two(alone)
 
 
+@pytest.mark.slow  # test_mpi.py runs it on ranks that are there
 @needs_mpi
 def test_the_script_runs_under_mpiexec():
-    ended = execute(2, "-m", "mpi4py", str(Path(ROOT, "examples/train_mpi.py")))
+    ended = execute(2, "-m", "mpi4py", str(ROOT / "examples/train_mpi.py"))
     assert ended.code == 0, ended.stderr
     assert "running_var equal on all 2 ranks: True" in ended.stdout

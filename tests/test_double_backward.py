@@ -49,7 +49,7 @@ def whole_batch_functions(comm, split):
 def test_gradgradcheck_on_every_rank(ranks, split, affine):
     def run(rank):
         share, collect = whole_batch_functions(syncbn.comm.resolve(None), split)
-        x = torch.randn(sum(split), 2, 3, dtype=torch.float64, requires_grad=True)
+        x = torch.randn(sum(split), 2, 2, dtype=torch.float64, requires_grad=True)
         weight, bias = torch.randn(2, 2, dtype=torch.float64).unbind()
 
         def layer(x):

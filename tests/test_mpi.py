@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import io
 import os
 import pickle
+import runpy
 import threading
 import time
+from pathlib import Path
 from unittest import mock
 
 import oracle
 import pytest
+import test_transforms_ranks as transforms
 import torch
 import torch.distributed as dist
 from cases import Case, check, step
@@ -146,6 +151,29 @@ def test_training_equals_one_process(mpi_ranks, split):
     alone = network()
     train_in_shares(alone, data, sum(split), lambda gradient: gradient)
     assert_same_state(mpi_ranks(len(split), training), alone.state_dict())
+
+
+@pytest.mark.parametrize("name", ["vmap_of_grad", "is_grads_batched_create_graph", "jvp_of_grad"])
+def test_transforms_over_ranks(mpi_ranks, name):
+    """What torch's distributed package and threads show, in test_transforms_ranks.py."""
+    transform, split = transforms.STEPS[name], (2, 1)
+
+    def run(rank):
+        return transforms.outcome(transform, "plain", MPI(), rank, split)
+
+    transforms.check(transform, "plain", mpi_ranks(2, run))
+
+
+def test_the_script_of_the_docs(mpi_ranks):
+    """As ``mpiexec -n 2 python -m mpi4py`` would run it."""
+    script = Path(__file__).parent.parent / "examples/train_mpi.py"
+
+    def run(rank):
+        with contextlib.redirect_stdout(io.StringIO()) as said:
+            runpy.run_path(str(script), run_name="__main__")
+        return said.getvalue()
+
+    assert mpi_ranks(2, run) == ["running_var equal on all 2 ranks: True\n", ""]
 
 
 def test_more_ranks_than_cores(mpi_ranks):

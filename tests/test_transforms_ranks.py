@@ -191,13 +191,6 @@ def test_ranks_that_are_threads(name):
     check(step, "masked", in_threads(2, lambda c: outcome(step, "masked", c, c.rank, split)))
 
 
-@pytest.mark.parametrize("name", ["vmap_of_grad", "is_grads_batched_create_graph", "jvp_of_grad"])
-def test_ranks_of_an_mpi_job(mpi_ranks, name):
-    step, split = STEPS[name], (2, 1)
-    run = lambda rank: outcome(step, "plain", syncbn.comm.MPI(), rank, split)  # noqa: E731
-    check(step, "plain", mpi_ranks(2, run))
-
-
 def refusal(comm, attempt):
     """The words of an error, and that nothing but a comparison of sizes had been sent before."""
     layer = syncbn.SyncBatchNorm(2, dtype=DOUBLE, process_group=comm)

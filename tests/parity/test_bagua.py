@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from cases import Case, check, step
+from in_threads import in_threads
 from layers import Silent
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -42,15 +43,11 @@ def trained(ranks, wrapped):
     return ranks(2, run)
 
 
-def test_an_engine_that_is_not_torch_distributed(mpi_ranks):
+def test_an_engine_that_is_not_torch_distributed():
+    """Threads; MPI is one too."""
     case = Case(split=(5, 2))
-
-    def run(rank):
-        result = step(rank, case, syncbn.comm.MPI())
-        assert not dist.is_initialized()
-        return result
-
-    check(case, mpi_ranks(2, run), factor=4)
+    check(case, in_threads(2, lambda comm: step(comm.rank, case, comm)), factor=4)
+    assert not dist.is_initialized()
 
 
 def test_convert_then_wrap(ranks, alone):

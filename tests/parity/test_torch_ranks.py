@@ -100,12 +100,22 @@ def check(results, whole, dtype):
             torch.testing.assert_close(shown[3], buffers, **tolerance)
 
 
+@pytest.mark.parametrize(
+    "every_layout",
+    [False, pytest.param(True, marks=pytest.mark.slow)],
+    ids=["layouts in turn", "all"],
+)
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("world", SPLITS)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_every_option_over_ranks(ranks, shape, world, dtype):
+def test_every_option_over_ranks(ranks, shape, world, dtype, every_layout):
     spatial, split = SHAPES[shape], SPLITS[world]
-    cases = list(itertools.product(OPTIONS, layouts(2 + len(spatial))))
+    names = layouts(2 + len(spatial))
+    if every_layout:
+        cases = list(itertools.product(OPTIONS, names))
+    else:  # in another order beside each four options, whose momenta are the same
+        turns = (names[(i + i // 4) % len(names)] for i in itertools.count())
+        cases = list(zip(OPTIONS, turns, strict=False))
 
     def run(rank):
         share = shares(split)[rank]
