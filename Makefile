@@ -32,9 +32,10 @@ test-all: $(READY)
 
 # As where no compiled operators are: one process must then equal torch to the bit.
 test-composite: $(READY)
-	SYNCBN_KERNELS=composite $(BIN)/python $(PYTEST) tests/test_modules.py tests/test_lazy.py \
-	  tests/test_state.py tests/test_convert.py tests/test_revert.py tests/test_exact.py \
-	  tests/test_checkpointing.py tests/test_masks.py tests/test_double_backward.py
+	SYNCBN_KERNELS=composite $(BIN)/python $(PYTEST) tests/tensors/test_checkpointing.py \
+	  tests/layers/test_modules.py tests/layers/test_lazy.py tests/layers/test_state.py \
+	  tests/models/test_convert.py tests/models/test_revert.py \
+	  tests/step/test_exact.py tests/step/test_masks.py tests/step/test_double_backward.py
 
 # The loops alone, without torch, under AddressSanitizer and UndefinedBehaviorSanitizer, whose
 # checks of pointers are left to the first: they take most of the time to compile.
@@ -79,8 +80,9 @@ test-wheel: $(READY)
 	$(PYTHON) -m venv $(WHEEL)/env
 	$(WHEEL)/env/bin/python $(INSTALL) torch
 	$(WHEEL)/env/bin/python $(INSTALL) "$$(ls $(WHEEL)/*.whl)[test]"
-	SYNCBN_KERNELS=native $(WHEEL)/env/bin/python $(PYTEST) tests/test_house.py \
-	  tests/test_native.py tests/test_kernels.py tests/test_exact.py tests/test_modules.py
+	SYNCBN_KERNELS=native $(WHEEL)/env/bin/python $(PYTEST) tests/project/test_house.py \
+	  tests/kernels/test_native.py tests/kernels/test_kernels.py \
+	  tests/step/test_exact.py tests/layers/test_modules.py
 
 CXX_FILES := $(wildcard csrc/*/*.h csrc/*/*.cpp tests/native/*.h tests/native/*.cpp)
 
@@ -89,7 +91,7 @@ lint: $(READY)
 	$(BIN)/ruff format --check
 	$(BIN)/clang-format --dry-run --Werror $(CXX_FILES)
 	$(BIN)/mypy
-	$(BIN)/python -m pytest tests/test_kernels.py -m slow -k mypy
+	$(BIN)/python -m pytest tests/kernels/test_kernels.py -m slow -k mypy
 
 format: $(READY)
 	$(BIN)/ruff check --fix

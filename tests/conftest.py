@@ -5,15 +5,12 @@ from collections.abc import Iterator
 import hypothesis
 import pytest
 import torch
-from mpijob import Job, missing
-from ranks import Worlds
 
+from support.mpijob import Job, missing
+from support.ranks import Worlds
 from syncbn import kernels
 from syncbn.kernels import native
 
-pytest.register_assert_rewrite(
-    "cases", "compiling", "contract", "layers", "oracle", "replicas", "training"
-)
 torch.set_num_threads(1)  # of this process; other runs on the machine make more threads slow
 
 common = {"deadline": None, "print_blob": True}

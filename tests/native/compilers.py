@@ -115,7 +115,7 @@ def check(compiler: str) -> str:
 
 def check_operators(compiler: str) -> None:
     library = {"PYTHONPATH": str(WORK / compiler / "lib"), "SYNCBN_KERNELS": "native"}
-    tests = ("tests/test_native.py", "tests/test_kernels.py")
+    tests = ("tests/kernels/test_native.py", "tests/kernels/test_kernels.py")
     said = run(sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *tests, **library)
     print(f"{compiler}: {said.splitlines()[-1]}", flush=True)
 

@@ -6,18 +6,18 @@ Bagua's layer runs on Bagua's own engine instead of torch.distributed, under a m
 
 from __future__ import annotations
 
-import oracle
 import pytest
 import torch
 import torch.distributed as dist
-from cases import Case, check, step
-from in_threads import in_threads
-from layers import Silent
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from training import assert_same_state, batches, network, share, train
 
 import syncbn
+from support import oracle
+from support.cases import Case, check, step
+from support.in_threads import in_threads
+from support.layers import Silent
+from support.training import assert_same_state, batches, network, share, train
 
 SAMPLES = 3  # of each of two ranks
 

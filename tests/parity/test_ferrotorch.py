@@ -8,13 +8,13 @@ communicators of ``syncbn.comm.threads(n)``.
 
 from __future__ import annotations
 
-import oracle
 import pytest
 import torch
-from in_threads import attempts, in_threads, outcomes, share
 from torch import nn
 
 import syncbn
+from support import oracle
+from support.in_threads import attempts, in_threads, outcomes, share
 
 STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 

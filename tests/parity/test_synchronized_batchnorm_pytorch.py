@@ -9,10 +9,10 @@ import copy
 
 import pytest
 import torch
-from replicas import CPUS, TOLERANCE, assert_same_step, images, nested, twins
 from torch import nn
 
 import syncbn
+from support.replicas import CPUS, TOLERANCE, assert_same_step, images, nested, twins
 from syncbn.kernels import composite
 
 

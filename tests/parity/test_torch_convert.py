@@ -5,10 +5,10 @@ import inspect
 
 import pytest
 import torch
-from layers import CLASSES, LAZY, Pair, identical
 from torch import nn
 
 import syncbn
+from support.layers import CLASSES, LAZY, Pair, identical
 
 GROUPS = {"no group": None, "group": Pair()}
 groups = pytest.mark.parametrize("group", GROUPS.values(), ids=GROUPS)

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from layers import Silent, classes, pair
 from torch import nn
 
 import syncbn
+from support.layers import Silent, classes, pair
 
 
 def raised(layer, x):

@@ -4,10 +4,10 @@ import inspect
 
 import pytest
 import torch
-from layers import CLASSES, LAZY, PLAIN, TORCH, Pair, classes, identical
 from torch import nn
 
 import syncbn
+from support.layers import CLASSES, LAZY, PLAIN, TORCH, Pair, classes, identical
 
 every_class = pytest.mark.parametrize(("torchs", "ours"), {**CLASSES, **LAZY}.items())
 FACTORY = {"device", "dtype", "process_group"}

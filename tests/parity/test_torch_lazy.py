@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from layers import LAZY, identical, observe
+
+from support.layers import LAZY, identical, observe
 
 SHAPES = {"1d": [(4, 3), (4, 3, 5)], "2d": [(4, 3, 2, 2)], "3d": [(2, 3, 2, 2, 2)]}
 lazy_forms = pytest.mark.parametrize(("torchs", "ours"), LAZY.items())

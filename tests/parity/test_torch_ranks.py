@@ -7,11 +7,11 @@ import itertools
 import pytest
 import torch
 import torch.distributed as dist
-from cases import laid_out, layouts
-from layers import CHECKED, TORCH, observe
 from torch import nn
 
 import syncbn
+from support.cases import laid_out, layouts
+from support.layers import CHECKED, TORCH, observe
 
 SHAPES = {"NC": (), "NCL": (5,), "2d": (3, 2), "3d": (2, 3, 2)}
 SPLITS = {2: (3, 2), 3: (2, 0, 3)}

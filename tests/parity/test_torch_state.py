@@ -4,7 +4,8 @@ import copy
 
 import pytest
 import torch
-from layers import CLASSES, LAZY, PLAIN, classes, identical, pair, saved_and_loaded
+
+from support.layers import CLASSES, LAZY, PLAIN, classes, identical, pair, saved_and_loaded
 
 
 @pytest.mark.parametrize("track", [True, False])

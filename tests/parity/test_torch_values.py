@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from cases import laid_out, layouts
-from layers import SHAPE_OF, assert_same_training, classes, identical, observe, pair
 from torch import nn
 
 import syncbn
+from support.cases import laid_out, layouts
+from support.layers import SHAPE_OF, assert_same_training, classes, identical, observe, pair
 
 SHAPES = [(6, 3), (4, 3, 5), (4, 3, 5, 2), (2, 3, 2, 3, 4)]
 CASES = [(shape, layout) for shape in SHAPES for layout in layouts(len(shape))]

@@ -1,6 +1,7 @@
 """Communicator: who takes part, and two collectives. Nothing else.
 
-What a caller may rely on and an implementer owes; tests/contract.py holds every one of them to it.
+What a caller may rely on and an implementer owes; tests/support/contract.py holds every one of them
+to it.
 
 - **Blocking.** A collective returns when its result may be used by the next operation on the
   caller's device stream. On the CPU that means: when the result is there. It may return before

@@ -1,0 +1,313 @@
+"""The command syncbn, as a shell sees it: output, exit status, and what it leaves behind."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from support.processes import CONTEXT, fork_on, forked_launches
+from support.scripts import execute
+
+if any(importlib.util.find_spec(name) is None for name in ("sklearn", "matplotlib")):
+    pytest.skip("needs the extra [cli]", allow_module_level=True)
+
+from syncbn.cli import main
+from syncbn.demo import train
+from syncbn.kernels import native
+
+NO_PLOT = ["--no-plot"]
+TIMEOUT = 120  # seconds, for a loaded machine; each run takes a tenth
+needs_proc = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="reads Linux's /proc")
+
+
+def test_demo_prints_a_table_and_writes_a_picture(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    options = ["--ranks", "1", "--batch-per-rank", "200", "--epochs", "1", "--out", "new/a.png"]
+    with forked_launches():
+        assert main(["demo", *options]) == 0
+    out, err = capsys.readouterr()
+    assert "200 images per rank on 1 rank, 1 epoch" in out
+    assert "Picture: new/a.png" in out
+    assert "\x1b" not in out + err
+    assert max(map(len, out.splitlines())) <= 80
+    assert (tmp_path / "new/a.png").stat().st_size > 10_000
+
+
+def test_demo_json_is_one_object_and_nothing_else(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    options = ["--ranks", "2", "--batch-per-rank", "100", "--epochs", "1", "--seed", "3"]
+    with forked_launches():
+        assert main(["demo", *options, "--no-plot", "--json"]) == 0
+    content = json.loads(capfd.readouterr().out)
+    assert content["options"] | {"ranks": 2, "batch_per_rank": 100, "seed": 3} == content["options"]
+    assert set(content["versions"]) == {"syncbn", "torch", "python"}
+    assert content["picture"] is None
+    assert list(content["arms"]) == ["batchnorm", "syncbn", "one-process"]
+    for arm in content["arms"].values():
+        assert arm["accuracy_percent"] == arm["curve"][-1]["accuracy_percent"]
+        assert {"label", "loss", "validation_loss", "seconds_per_step"} < set(arm)
+    assert content["arms"]["syncbn"]["weight_difference"] <= 1e-9
+    assert content["arms"]["one-process"]["weight_difference"] is None
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (["demo", "--ranks", "0"], "--ranks"),
+        (["demo", "--ranks", "two"], "--ranks"),
+        (["demo", "--batch-per-rank", "0"], "--batch-per-rank"),
+        (["demo", "--epochs", "-1"], "--epochs"),
+        (["demo", "--seed", "-1"], "--seed"),
+        (["demo", "--seed", str(2**32)], "--seed"),
+        (["demo", "--epochs"], "--epochs"),
+        (["demo", "--out", "a.txt"], "'a.txt' should end in"),
+        (["demo", "--out", "picture"], "should end in"),
+        (["demo", "--out", "/dev/null/a.png"], "cannot make /dev/null"),
+        (["demo", "--ranks", "4", "--batch-per-rank", "400"], "only 1437"),
+        (["demo", "--nonsense"], "--nonsense"),
+        (["demo", "surplus"], "surplus"),
+        (["--nonsense"], "--nonsense"),
+        (["nonsense"], "nonsense"),
+        (["info", "--nonsense"], "--nonsense"),
+    ],
+)
+def test_bad_usage_is_one_line_and_status_2(
+    arguments: list[str], text: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(arguments) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert len(err.splitlines()) == 1
+    command = " ".join(["syncbn", *(name for name in arguments[:1] if name in ("demo", "info"))])
+    assert err.startswith(f"{command}: ")
+    assert text in err
+
+
+def test_help_and_version(capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments in ([], ["--help"], ["demo", "--help"], ["--version"]):
+        assert main(arguments) == 0
+        out, err = capsys.readouterr()
+        assert "syncbn" in out
+        assert err == ""
+
+
+def test_info_names_what_serves_here(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["info", "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert list(facts) == ["versions", "devices", "engines", "kernels"]
+    assert "threads" in facts["devices"]["cpu"]
+    assert {"gloo", "nccl", "ucc", "mpi"} == set(facts["engines"])
+    assert set(facts["kernels"]) == {"cpu", "cuda"}
+    if native.available():
+        assert facts["kernels"]["cpu"] == f"native ({native.instruction_set()})"
+    assert main(["info"]) == 0
+    out = capsys.readouterr().out
+    assert facts["versions"]["torch"] in out
+    assert facts["kernels"]["cpu"] in out
+
+
+WITHOUT = """
+import sys
+module, command = sys.argv[1:]
+for name in [name for name in sys.modules if name.partition(".")[0] == module]:
+    del sys.modules[name]
+sys.modules[module] = None
+from syncbn.cli import main
+sys.exit(main([command]))
+"""
+
+
+@pytest.mark.parametrize(
+    ("module", "command"),
+    [
+        ("rich", "demo"),
+        ("sklearn", "demo"),
+        ("matplotlib", "demo"),
+    ],
+)
+def test_a_missing_extra_is_one_line(module: str, command: str) -> None:
+    (done,) = execute(WITHOUT, module, command)
+    assert done.code == 1
+    assert done.stdout == ""
+    assert done.stderr == f"syncbn: needs {module}: pip install 'syncbn[cli]'\n"
+
+
+def test_a_rank_that_raises_shows_its_traceback(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(train, "run_rank", _broken_rank)
+    with forked_launches():
+        assert main(["demo", "--ranks", "2", *NO_PLOT]) == 1
+    out, err = capfd.readouterr()
+    assert out == ""
+    assert "rank 1 failed:" in err
+    assert "in _broken_rank" in err
+    assert "ValueError: broken on purpose" in err
+
+
+def _broken_rank(rank: int, task: object, folder: Path, send: Callable[[object], None]) -> None:
+    if rank == 1:
+        raise ValueError("broken on purpose")
+    signal.pause()
+
+
+DEMO = ["demo", "--ranks", "2", "--epochs", "1000", "--no-plot"]
+
+
+class Running:
+    """A long demo in a session and a temporary directory of its own: forked, or all of it anew."""
+
+    process: subprocess.Popen[str] | multiprocessing.process.BaseProcess
+
+    def __init__(self, folder: Path, forked: bool) -> None:
+        self.folder = folder
+        self.streams = [folder.parent / name for name in ("stdout", "stderr")]
+        if forked:
+            self.process = CONTEXT.Process(target=_forked_demo, args=(folder, self.streams))
+            self.process.start()
+            return
+        out, err = (stream.open("w") for stream in self.streams)
+        with out, err:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "syncbn", *DEMO],
+                stdout=out,
+                stderr=err,
+                start_new_session=True,
+                env={**os.environ, "TMPDIR": str(folder)},
+                cwd=folder.parent,
+            )
+
+    def end(self) -> tuple[int | None, str, str]:
+        """Its exit status and what it wrote."""
+        if isinstance(self.process, subprocess.Popen):
+            self.process.wait(TIMEOUT)
+            code = self.process.returncode
+        else:
+            self.process.join(TIMEOUT)
+            code = self.process.exitcode
+        return code, *(stream.read_text() for stream in self.streams)
+
+    def session(self) -> dict[int, str]:
+        """pid → command of every process of the session that has not ended."""
+        found = {}
+        for entry in Path("/proc").iterdir():
+            if not entry.name.isdigit():
+                continue
+            try:
+                state, _, _, session = (entry / "stat").read_text().rpartition(")")[2].split()[:4]
+                command = (entry / "cmdline").read_text()
+            except OSError:  # it ended meanwhile
+                continue
+            if int(session) == self.process.pid and state != "Z":
+                found[int(entry.name)] = command
+        return found
+
+    def ranks(self) -> list[int]:
+        return [pid for pid, command in self.session().items() if "spawn_main" in command]
+
+    def wait_for(self, condition: Callable[[], bool], what: str) -> None:
+        end = time.monotonic() + TIMEOUT
+        while not condition():
+            assert time.monotonic() < end, f"waited for {what} in vain"
+            time.sleep(0.02)
+
+    def wait_until_training(self) -> None:
+        self.wait_for(lambda: any(self.folder.glob("*/rendezvous")), "the ranks to meet")
+        time.sleep(0.5)
+
+    def assert_nothing_left(self) -> None:
+        self.wait_for(lambda: not self.session(), "every process to end")
+        assert list(self.folder.iterdir()) == []
+
+
+def _forked_demo(folder: Path, streams: list[Path]) -> None:
+    os.setsid()
+    os.chdir(folder.parent)
+    tempfile.tempdir = str(folder)
+    for descriptor, stream in enumerate(streams, 1):
+        with stream.open("w") as opened:
+            os.dup2(opened.fileno(), descriptor)
+    fork_on()
+    sys.exit(main(DEMO))
+
+
+@pytest.fixture
+def demo(tmp_path: Path) -> Iterator[Callable[..., Running]]:
+    """Starts one that leaves nothing behind, whatever the test finds."""
+    (tmp_path / "tmp").mkdir()
+    started = []
+
+    def start(*, forked: bool = False) -> Running:
+        started.append(Running(tmp_path / "tmp", forked))
+        return started[-1]
+
+    yield start
+    for running in started:
+        for pid in running.session():
+            os.kill(pid, signal.SIGKILL)
+        running.end()
+
+
+@needs_proc
+@pytest.mark.parametrize("whole_group", [True, False], ids=["group-starting", "parent-training"])
+def test_ctrl_c_leaves_nothing(demo: Callable[..., Running], whole_group: bool) -> None:
+    running = demo(forked=not whole_group)
+    if whole_group:  # while the ranks import, when they would still print a traceback each
+        running.wait_for(lambda: len(running.ranks()) == 2, "the ranks")
+    else:
+        running.wait_until_training()
+    (os.killpg if whole_group else os.kill)(running.process.pid, signal.SIGINT)
+    code, out, err = running.end()
+    assert code == 130
+    assert out == ""
+    assert "Traceback" not in err
+    assert err.endswith("syncbn demo: interrupted\n")
+    running.assert_nothing_left()
+
+
+@needs_proc
+def test_sigterm_leaves_nothing(demo: Callable[..., Running]) -> None:
+    running = demo(forked=True)
+    running.wait_until_training()
+    running.process.terminate()
+    code, _, err = running.end()
+    assert code == 143
+    assert "Traceback" not in err
+    running.assert_nothing_left()
+
+
+@pytest.mark.slow
+@needs_proc
+def test_a_killed_rank_ends_the_run(demo: Callable[..., Running]) -> None:
+    running = demo()
+    running.wait_until_training()
+    os.kill(running.ranks()[1], signal.SIGKILL)
+    code, _, err = running.end()
+    assert code == 1
+    assert "was ended by SIGKILL" in err
+    running.assert_nothing_left()
+
+
+@needs_proc
+def test_a_killed_parent_leaves_nothing(demo: Callable[..., Running]) -> None:
+    running = demo()
+    running.wait_until_training()
+    running.process.kill()
+    running.end()
+    running.assert_nothing_left()

@@ -1,0 +1,106 @@
+"""benchmarks/cpu.py and cpu_compilers.py run at toy size; what they print and draw is complete."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from support.paths import ROOT
+from support.scripts import Ended, execute
+from syncbn.kernels import native
+
+FOLDER = ROOT / "benchmarks"
+
+
+def run(*options: str, script: str = "cpu.py") -> Ended:
+    (ended,) = execute(FOLDER / script, *options, timeout=300)
+    return ended
+
+
+def rows_of(*options: str, script: str = "cpu.py") -> list[dict]:
+    result = run(*options, "--quick", "--json", script=script)
+    assert result.code == 0, result.stderr
+    printed = json.loads(result.stdout)
+    assert "kernels" in printed["environment"]
+    return printed["rows"]
+
+
+def test_layers(tmp_path):
+    picture = tmp_path / "speed.png"
+    rows = rows_of("layers", "--rounds", "2", "--picture", str(picture))
+    cells = {(r["dtype"], r["layout"], r["threads"], r["pass"]) for r in rows}
+    kinds = (("float32", "contiguous"), ("bfloat16", "channels_last"))
+    assert cells == {
+        (*kind, n, pass_) for kind in kinds for n in (1, 2) for pass_ in ("forward", "backward")
+    }
+    assert all(min(*row["syncbn_us"][:1], row["ratio"], row["torch_copies"]) > 0 for row in rows)
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.slow
+def test_layers_prints_a_table():
+    result = run("layers", "--quick", "--rounds", "2", "--threads", "1")
+    assert result.code == 0, result.stderr
+    for text in ("syncbn µs", "torch copies", "target", "2×3×4×5", "1 thread(s), 2 rounds"):
+        assert text in result.stdout
+
+
+def test_ranks():
+    rows = rows_of("ranks", "--rounds", "2")
+    assert [row["shape"] for row in rows] == [[2, 3, 4, 5], [4, 3]]
+    for row in rows:
+        assert row["over_parts"] > 0
+        assert row["naive_over_syncbn"] > 0
+
+
+def test_accuracy():
+    rows = rows_of("accuracy")
+    assert [row["mean/std"] for row in rows] == [0, 10, 100, 1000]
+    for row in rows:
+        assert row["syncbn_mean"] == pytest.approx(0, abs=1e-3)
+        assert row["syncbn_std"] == pytest.approx(1, abs=1e-3)
+
+
+@pytest.mark.slow
+def test_model():
+    pytest.importorskip("transformers")
+    (row,) = rows_of("model", "--rounds", "2")
+    assert row["images"] == [2, 3, 32, 32]
+    assert row["ratio"] > 0
+
+
+def test_model_without_transformers_says_so():
+    program = "import sys; sys.modules['transformers'] = None; sys.path.insert(0, sys.argv.pop()); "
+    (result,) = execute(program + "import cpu; cpu.main()", "model", str(FOLDER))
+    assert result.code == 1
+    assert result.stderr == "Error: transformers is missing: pip install transformers\n"
+
+
+@pytest.mark.skipif(not native.available(), reason=str(native.unavailable()))
+def test_compilers():
+    """Compares the installed library with itself."""
+    rows = rows_of("--turns", "1", "--repetitions", "2", script="cpu_compilers.py")
+    cells = {(r["dtype"], r["layout"], r["pass"]) for r in rows}
+    kinds = (("float32", "contiguous"), ("bfloat16", "channels_last"))
+    assert cells == {(*kind, pass_) for kind in kinds for pass_ in ("forward", "backward")}
+    assert all(min(row["old_us"], row["new_us"], row["new/old"][0]) > 0 for row in rows)
+
+
+def test_compilers_tells_what_is_outside(monkeypatch):
+    monkeypatch.syspath_prepend(str(FOLDER))
+    import cpu_compilers
+
+    repetitions = [{"forward": [2.0, 2.0 * n], "backward": [2.0, 1.8 * n]} for n in (1.1, 1.2, 1.3)]
+    rows = cpu_compilers.rows_of({cpu_compilers.TOYS[0]: repetitions})
+    assert [row["new/old"] for row in rows] == [
+        pytest.approx((1.2, 0.1)),
+        pytest.approx((1.08, 0.09)),
+    ]
+    assert [row["verdict"] for row in rows] == ["outside 15 %", "within 15 %"]
+
+
+def test_compilers_refuses_what_is_not_there():
+    result = run("no-such-g++", "g++", script="cpu_compilers.py")
+    assert result.code == 2
+    assert "no-such-g++ is not here" in result.stderr

@@ -1,0 +1,110 @@
+"""Activation checkpointing: gradients as without it, running statistics move once per step."""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    checkpoint_sequential,
+    create_selective_checkpoint_contexts,
+)
+
+import syncbn
+from support.compiling import CLOSE, step
+
+
+class Network(nn.Module):
+    """Three blocks with BatchNorm, each checkpointed as told."""
+
+    def __init__(self, reentrant: bool | None) -> None:
+        super().__init__()
+        torch.manual_seed(2)
+        self.reentrant = reentrant
+        self.blocks = nn.ModuleList(
+            nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4, momentum=momentum), nn.Tanh())
+            for momentum in (0.1, None, 1.0)
+        )
+        self.double()
+
+    def forward(self, x):
+        for block in self.blocks:
+            if self.reentrant is None:
+                x = block(x)
+            else:
+                x = checkpoint(block, x, use_reentrant=self.reentrant)
+        return x
+
+
+def train(model, data):
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for x in data:
+        optimizer.zero_grad()
+        x = x.clone().requires_grad_()  # the reentrant form looks for an input that wants it
+        model(x).pow(3).mean().backward()
+        optimizer.step()
+    return model.state_dict()
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_training_equals_the_uncheckpointed_run(ranks, reentrant, world):
+    data = torch.randn(4, 2 * world, 4, dtype=torch.float64) + 1
+
+    def run(rank):
+        model = syncbn.convert(Network(reentrant))
+        if world > 1:
+            ddp = DistributedDataParallel(model, static_graph=reentrant)
+            train(ddp, [x[2 * rank : 2 * rank + 2] for x in data])
+            return model.state_dict()
+        return train(model, data)
+
+    expected = train(Network(None), data)
+    for state in ranks(world, run) if world > 1 else [run(0)]:
+        for name, value in expected.items():
+            torch.testing.assert_close(state[name], value, rtol=1e-9, atol=1e-11, msg=name)
+
+
+def test_a_whole_sequence_of_segments(ranks):
+    def run(rank):
+        model = syncbn.convert(Network(None))
+        x = torch.randn(2, 4, dtype=torch.float64).requires_grad_()
+        checkpoint_sequential(model.blocks, 2, x, use_reentrant=False).sum().backward()
+        return [int(block[1].num_batches_tracked) for block in model.blocks]
+
+    assert ranks(2, run) == [[1, 1, 1]] * 2
+
+
+def test_a_forward_after_backward_counts_again():
+    layer = syncbn.SyncBatchNorm(3)
+    for batches in (1, 2):
+        layer(torch.randn(4, 3)).sum().backward()
+        assert layer.num_batches_tracked == batches
+
+
+def save_products(context, operator, *args, **kwargs):
+    save = "addmm" in str(operator)
+    return CheckpointPolicy.MUST_SAVE if save else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_selective_checkpointing(ranks, world):
+    """The second forward runs the first one's operations, some of whose results are kept."""
+
+    def run(rank):
+        model, plain = (syncbn.convert(Network(None).blocks[0]) for _ in range(2))
+        contexts = functools.partial(create_selective_checkpoint_contexts, save_products)
+
+        def kept(x):
+            return checkpoint(model, x, use_reentrant=False, context_fn=contexts)
+
+        x = torch.randn(3 + rank, 4, dtype=torch.float64, requires_grad=True)
+        for _ in range(2):
+            torch.testing.assert_close(step(kept, model, x), step(plain, plain, x), **CLOSE)
+
+    _ = ranks(world, run) if world > 1 else run(0)
