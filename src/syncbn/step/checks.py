@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.fx import Proxy
 
 from ..kernels import Affine, Running
-from ..tensors.storages import check_held, form_of, is_dtensor, is_held
+from ..tensors.storages import check_held, form_of, has_storage, is_dtensor, is_held
 from ..tensors.transforms import transforming
 
 if TYPE_CHECKING:
@@ -27,9 +27,15 @@ MOST_DIMENSIONS = 64  # of torch's sums, and so of ours
 
 def check_options(momentum: float, eps: float) -> None:
     """Refuse a momentum outside [0, 1] and an eps that is not positive and finite."""
+    if (
+        type(momentum) is float
+        and 0 <= momentum <= 1
+        and type(eps) is float
+        and 0 < eps <= _LARGEST
+    ):
+        return  # as mostly
     for name, value in (("momentum", momentum), ("eps", eps)):
-        known = type(value) in (float, int) or (value is None and name == "momentum")
-        if not known and not isinstance(value, _NUMBERS):
+        if not isinstance(value, _NUMBERS) and not (value is None and name == "momentum"):
             raise TypeError(
                 f"sync_batch_norm: expected {name} to be a number, got {type(value).__name__}; "
                 f"{'0.1' if name == 'momentum' else '1e-5'} is usual"
@@ -91,7 +97,8 @@ def check_input(input: Tensor) -> None:
             f"sync_batch_norm: expected at most {MOST_DIMENSIONS} dimensions, as torch's sums, got "
             f"{input.dim()}; join some, for example input.flatten(2)"
         )
-    check_held({"input": input})
+    if not is_held(input):
+        check_held({"input": input})
 
 
 def check_shape(name: str, shape: tuple[int, ...], input: Tensor) -> None:
@@ -108,6 +115,7 @@ def check_tensors(input: Tensor, affine: Affine, running: Running) -> None:
     """Refuse tensors that aren't (C,), floating and on the device of input (N, C, *)."""
     check_input(input)
     shape, device, whole = input.shape[1:2], input.device, is_dtensor(input)
+    compiling = torch.compiler.is_compiling()  # where there are no values yet
     for name, tensor in (
         ("running_mean", running.mean),
         ("running_var", running.var),
@@ -121,7 +129,7 @@ def check_tensors(input: Tensor, affine: Affine, running: Running) -> None:
             and tensor.dtype in FLOATING
             and tensor.layout is torch.strided
             and (whole or not is_dtensor(tensor))
-            and is_held(tensor)
+            and (compiling or has_storage(tensor))
         ):
             _refuse(name, tensor, input)
     if (running.mean is None) != (running.var is None):

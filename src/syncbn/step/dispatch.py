@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -90,8 +90,8 @@ def normalise_dense(call: Call) -> Tensor:
         check_options(0.0 if momentum is None else momentum, options.eps)
         # Before the table, and before the checks, which its operators make in no time.
         usual = options.training and not (options.reproducible or mode.compiling)
-        alone = usual and comm.size == 1 and not isinstance(comm, Replica)
-        fused = find_fused(input, affine, running) if alone else None
+        alone = comm is LOCAL or (comm.size == 1 and not isinstance(comm, Replica))
+        fused = find_fused(input, affine, running) if usual and alone else None
         try:
             if fused is not None:
                 return normalise_fused(input, affine, running, options.eps, fused)
@@ -114,7 +114,7 @@ class Path(NamedTuple):
 def _needs_own_kernels(call: Call) -> bool:
     """Whether torch's operator would refuse a batch in training, or do it wrongly."""
     mean, var, batches, momentum = call.running
-    if _mixes_dtypes(call):
+    if _mixes_dtypes(call.input, call.tensors):
         return True
     if not call.mode.compiling:
         # A view that reads with the opposite sign: torch's operator would move a copy.
@@ -124,10 +124,10 @@ def _needs_own_kernels(call: Call) -> bool:
     return not call.mode.silent and (counting or call.lengths is not None)
 
 
-def _mixes_dtypes(call: Call) -> bool:
+def _mixes_dtypes(input: Tensor, tensors: Sequence[Tensor | None]) -> bool:
     """Whether torch's operator refuses this mixture of dtypes, which our kernels take."""
-    common, own = None, call.input.dtype
-    for tensor in call.tensors:
+    common, own = None, input.dtype
+    for tensor in tensors:
         if tensor is not None:
             if common is not None and tensor.dtype != common:
                 return True
@@ -160,7 +160,7 @@ def _normalise_over_ranks(call: Call) -> Tensor:
 def _normalise_as_torch(call: Call) -> Tensor:
     input, _, running, options, *_ = call
     tensors = call.tensors
-    if _mixes_dtypes(call):
+    if _mixes_dtypes(input, tensors):
         wide = torch.float64 if input.dtype == torch.float64 else torch.float32
         tensors = tuple(None if t is None else t.to(wide) for t in tensors)
     momentum, batches = running.momentum, running.batches

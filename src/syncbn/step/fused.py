@@ -69,7 +69,7 @@ class _BatchNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        wants_x, wants_weight, wants_bias = ctx.needs_input_grad[:3]
+        wants_x, wants_weight, wants_bias, _ = ctx.needs_input_grad
         dx = None
         if is_differentiable(dy):
             check_held({"the output's gradient": dy, "input": x, "weight": weight})

@@ -71,15 +71,18 @@ def _innermost(tensor: Tensor) -> Tensor:
 
 
 def is_held(tensor: Tensor) -> bool:
-    if torch.compiler.is_compiling():  # there are no values yet
-        return True
+    return torch.compiler.is_compiling() or has_storage(tensor)  # there are no values yet
+
+
+def has_storage(tensor: Tensor) -> bool:
+    """:func:`is_held` where nothing compiles."""
     try:
         held = tensor.untyped_storage().nbytes()
     except NotImplementedError:
         inner = _innermost(tensor)
-        return inner is tensor or is_held(inner)
+        return inner is tensor or has_storage(inner)
     if type(tensor) not in _PLAIN and is_dtensor(tensor):
-        return is_held(_innermost(tensor))
+        return has_storage(_innermost(tensor))
     if held == tensor.nbytes and tensor.is_contiguous() and not tensor.storage_offset():
         return True  # as mostly: in half the time
     return held >= _needed(tensor)
