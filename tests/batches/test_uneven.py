@@ -6,33 +6,14 @@ import collections
 
 import pytest
 import torch
-from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 
 import syncbn
+from support.training import assert_same_state, network, train
 
 STEPS = 6
 Labelled = collections.namedtuple("Labelled", "image label")
-
-
-def network() -> nn.Module:
-    torch.manual_seed(3)
-    return nn.Sequential(
-        nn.Conv2d(2, 6, 3, padding=1, bias=False),
-        nn.BatchNorm2d(6),
-        nn.ReLU(),
-        nn.MaxPool2d(2),
-        nn.Conv2d(6, 8, 3, groups=2),
-        nn.BatchNorm2d(8, momentum=None),
-        nn.Upsample(scale_factor=2, mode="bilinear"),
-        nn.AvgPool2d(2),
-        nn.AdaptiveAvgPool2d(1),
-        nn.Flatten(),
-        nn.Linear(8, 5),
-        nn.BatchNorm1d(5),
-        nn.Linear(5, 3),
-    ).double()
 
 
 def loaders(lengths: tuple[int, ...]) -> list[list[tuple[torch.Tensor, torch.Tensor]]]:
@@ -52,14 +33,9 @@ def loaders(lengths: tuple[int, ...]) -> list[list[tuple[torch.Tensor, torch.Ten
 
 def alone(data: list[list[tuple[torch.Tensor, torch.Tensor]]]) -> dict[str, torch.Tensor]:
     """One process, in each step on the union of all ranks' batches."""
-    model = network()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-    for step in range(max(map(len, data))):
-        present = [loader[step] for loader in data if step < len(loader)]
-        x, target = (torch.cat(parts) for parts in zip(*present, strict=True))
-        optimizer.zero_grad()
-        cross_entropy(model(x), target).backward()
-        optimizer.step()
+    model, longest = network(), max(map(len, data))
+    steps = [[loader[step] for loader in data if step < len(loader)] for step in range(longest)]
+    train(model, [tuple(map(torch.cat, zip(*parts, strict=True))) for parts in steps])
     return model.state_dict()
 
 
@@ -83,12 +59,11 @@ def test_training_equals_one_process_on_the_union(ranks, lengths, watched):
         return sizes, model.module.state_dict()
 
     data = loaders(lengths)
-    expected = alone(data)
-    for rank, (sizes, state) in enumerate(ranks(len(lengths), run)):
+    results = ranks(len(lengths), run)
+    for rank, (sizes, _) in enumerate(results):
         own = [len(x) for x, _ in data[rank]]
         assert sizes == own + [0] * (max(lengths) - lengths[rank])
-        for name, value in expected.items():
-            torch.testing.assert_close(state[name], value, rtol=1e-9, atol=1e-11, msg=name)
+    assert_same_state([state for _, state in results], alone(data))
 
 
 def test_epochs_one_after_another(ranks):

@@ -18,7 +18,7 @@ import torch.distributed as dist
 
 import syncbn
 from support import oracle, ranked_transforms
-from support.cases import Case, check, step
+from support.cases import Case, check, share_of, step
 from support.contract import CHECKS, check_interleaved
 from support.paths import ROOT
 from support.ranks import RankFailure
@@ -143,7 +143,7 @@ def test_training_equals_one_process(mpi_ranks, split):
     def training(rank):
         comm = MPI()
         model = syncbn.convert(network(), comm)
-        mine = slice(sum(split[:rank]), sum(split[: rank + 1]))
+        mine = share_of(split, rank)
         train_in_shares(model, [(x[mine], y[mine]) for x, y in data], sum(split), comm.all_reduce)
         return model.state_dict()
 

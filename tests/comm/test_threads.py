@@ -13,8 +13,9 @@ from torch import nn
 
 import syncbn
 from support import oracle
+from support.cases import share_of
 from support.contract import check_interleaved
-from support.in_threads import in_threads, outcomes, share
+from support.in_threads import in_threads, outcomes
 from support.scripts import execute
 from support.training import assert_same_state, batches, network, train_in_shares
 from syncbn.comm import threads
@@ -82,9 +83,9 @@ def test_a_step_equals_the_whole_batchs(split, offset):
 
     def step(comm):
         layer = syncbn.SyncBatchNorm2d(3, dtype=torch.float64, process_group=comm)
-        mine = share(x, split, comm.rank).clone().requires_grad_()
+        mine = x[share_of(split, comm.rank)].clone().requires_grad_()
         y = layer(mine)
-        y.backward(share(dy, split, comm.rank))
+        y.backward(dy[share_of(split, comm.rank)])
         return y.detach(), mine.grad, layer.weight.grad, layer.running_mean, layer.running_var
 
     y, dx, dweight, means, variances = zip(*in_threads(len(split), step), strict=True)
@@ -107,7 +108,7 @@ def test_training_in_three_threads_equals_one_process(split):
     train_in_shares(alone, data, 6, lambda gradient: gradient)
 
     def run(comm):
-        mine = [tuple(share(tensor, split, comm.rank) for tensor in batch) for batch in data]
+        mine = [tuple(tensor[share_of(split, comm.rank)] for tensor in batch) for batch in data]
         replica = syncbn.convert(copy.deepcopy(model), comm)
         train_in_shares(replica, mine, 6, comm.all_reduce)
         return replica.state_dict()

@@ -13,7 +13,7 @@ import torch
 
 from support import oracle
 from support.cases import Case, laid_out, layouts, strides
-from support.kernels import whole_step
+from support.kernels import needs_native, whole_step
 from syncbn import kernels
 from syncbn.kernels import Affine, Running, Statistics, composite, native
 from syncbn.numerics.moments import unpack
@@ -263,14 +263,14 @@ def test_samples_that_do_not_lie_apart_are_refused(k, layout):
     k.measure_samples(samplewise_contiguous(other), None)
 
 
-@pytest.mark.skipif(not native.available(), reason="needs the compiled operators")
+@needs_native
 @pytest.mark.parametrize("lengths", [[2**62] * 4 + [4], [5, -1], [3], [4, 1]])
 def test_lengths_that_do_not_add_up(lengths):
     with pytest.raises(RuntimeError, match="expected lengths that add up to 4"):
         native.measure_samples(torch.randn(4, 3), torch.tensor(lengths))
 
 
-@pytest.mark.skipif(not native.available(), reason="needs the compiled operators")
+@needs_native
 def test_represented_samples_are_the_same_bits_everywhere():
     powers = 10.0 ** torch.arange(-100, 100, dtype=torch.float64)
     x = torch.randn(5, 200, 1, dtype=torch.float64) * powers.view(200, 1)

@@ -1,7 +1,6 @@
 """What a layer holds survives resets, copies and pickle; parity/ has the state dicts."""
 
 import copy
-import io
 import pickle
 import re
 import warnings
@@ -11,7 +10,7 @@ import torch
 from torch import nn
 
 import syncbn
-from support.layers import Pair, assert_same_training, identical, pair
+from support.layers import Pair, assert_same_training, identical, pair, saved_and_loaded
 from support.paths import ROOT
 
 
@@ -72,13 +71,12 @@ def test_pickle_drops_the_group_with_a_warning():
 def test_pickle_without_a_group_is_silent_and_complete(through):
     layer = syncbn.SyncBatchNorm2d(3, momentum=None)
     layer(torch.randn(4, 3, 2, 2))
-    stream = io.BytesIO()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        pickle.dump(layer, stream) if through == "pickle" else torch.save(layer, stream)
-    stream.seek(0)
-    load = pickle.load if through == "pickle" else lambda f: torch.load(f, weights_only=False)
-    loaded = load(stream)
+        if through == "pickle":
+            loaded = pickle.loads(pickle.dumps(layer))
+        else:
+            loaded = saved_and_loaded(layer, weights_only=False)
     assert type(loaded) is syncbn.SyncBatchNorm2d
     assert_same_training(loaded, layer, (4, 3, 2, 2))
 

@@ -13,12 +13,11 @@ from torch.utils.checkpoint import checkpoint
 
 import syncbn
 from support import oracle
-from support.cases import Case, laid_out, layouts, strides
+from support.cases import CLOSE, Case, laid_out, layouts, strides
 from support.layers import saved_and_loaded
 from support.replicas import (
     CPUS,
-    TOLERANCE,
-    assert_same_state,
+    assert_same_state_and_gradients,
     assert_same_step,
     images,
     nested,
@@ -127,7 +126,7 @@ def test_training_equals_one_device():
             optimizer.zero_grad()
             model(images(2 + step % 5, step)).square().sin().sum().backward()
             optimizer.step()
-    assert_same_state(*models)
+    assert_same_state_and_gradients(*models)
 
 
 def test_a_hundred_batches_of_any_size():
@@ -169,7 +168,7 @@ def test_gradient_penalty():
         x = images(5).requires_grad_()
         (gradient,) = torch.autograd.grad(model(x).square().sum(), x, create_graph=True)
         (gradient.flatten(1).norm(dim=1) - 1).square().mean().backward()
-    assert_same_state(*models)
+    assert_same_state_and_gradients(*models)
 
 
 def test_backward_twice_and_two_forwards_before_it():
@@ -179,7 +178,7 @@ def test_backward_twice_and_two_forwards_before_it():
         first.backward(retain_graph=True)
         first.backward()
         second.backward()
-    assert_same_state(*models)
+    assert_same_state_and_gradients(*models)
 
 
 def test_an_output_that_nobody_uses_and_a_frozen_layer():
@@ -187,7 +186,7 @@ def test_an_output_that_nobody_uses_and_a_frozen_layer():
     for model in models:
         (model.module if model is models[0] else model)[1].requires_grad_(False)
         model(images(5))[:1].sin().sum().backward()  # the other replicas get no gradient
-    assert_same_state(*models)
+    assert_same_state_and_gradients(*models)
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
@@ -197,8 +196,8 @@ def test_checkpoint_around_the_whole(reentrant):
         x = images(4).requires_grad_()
         run(model, x, use_reentrant=reentrant).sin().sum().backward()
         model.x = x.grad
-    torch.testing.assert_close(models[0].x, models[1].x, **TOLERANCE)
-    assert_same_state(*models)
+    torch.testing.assert_close(models[0].x, models[1].x, **CLOSE)
+    assert_same_state_and_gradients(*models)
 
 
 def test_two_models_interleaved():
@@ -207,8 +206,8 @@ def test_two_models_interleaved():
         x = images(6)
         loss = a(b(x)).sin().sum() + a(x).cos().sum() + b(x).sin().sum()
         loss.backward()
-    assert_same_state(one, one_alone)
-    assert_same_state(two, two_alone)
+    assert_same_state_and_gradients(one, one_alone)
+    assert_same_state_and_gradients(two, two_alone)
 
 
 def test_called_by_several_threads():
@@ -281,8 +280,8 @@ def test_replicas_run_in_the_callers_modes(mode, training):
             model.y = model(images(4))
     assert parallel.module.seen == alone.seen * 3
     assert parallel.y.requires_grad == alone.y.requires_grad
-    torch.testing.assert_close(parallel.y, alone.y, **TOLERANCE)
-    assert_same_state(parallel, alone)
+    torch.testing.assert_close(parallel.y, alone.y, **CLOSE)
+    assert_same_state_and_gradients(parallel, alone)
 
 
 def test_autocast_reaches_the_layers():
@@ -309,7 +308,7 @@ def test_a_replica_without_gradients_among_others():
     scales = torch.stack((weight.detach(), weight.detach(), weight, weight)).unsqueeze(-1)
     y = (nn.functional.batch_norm(values, None, None, training=True, eps=1e-2) * scales)[2:]
     for found, expected in zip(mine, torch.autograd.grad(y.sin().sum(), (x, weight)), strict=True):
-        torch.testing.assert_close(found, expected, **TOLERANCE)
+        torch.testing.assert_close(found, expected, **CLOSE)
 
 
 def test_random_numbers_are_reproducible():

@@ -10,8 +10,9 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import syncbn
+from support.cases import CLOSE
 from support.in_threads import in_threads
-from support.replicas import TOLERANCE, images, nested
+from support.replicas import images, nested
 
 SPLITS = [(6, 4), (1, 5), (0, 7), (2, 0)]  # one replica on a rank, or nothing to scatter
 
@@ -58,15 +59,15 @@ def test_a_step_equals_one_process(ranks, split, devices, second):
 
     results = ranks(2, train)
     outputs, inputs = (torch.cat([found[i] for found in results]) for i in (0, 1))
-    torch.testing.assert_close(outputs, y, **TOLERANCE)
-    torch.testing.assert_close(inputs, dx, **TOLERANCE)
+    torch.testing.assert_close(outputs, y, **CLOSE)
+    torch.testing.assert_close(inputs, dx, **CLOSE)
     for ours, its in zip(zip(*(r[2:] for r in results), strict=True), expected, strict=True):
         if parameters > 0:
             parameters -= 1
-            torch.testing.assert_close(sum(ours), its, **TOLERANCE)
+            torch.testing.assert_close(sum(ours), its, **CLOSE)
         else:
             for one in ours:
-                torch.testing.assert_close(one, its, **TOLERANCE)
+                torch.testing.assert_close(one, its, **CLOSE)
 
 
 def test_masks_and_the_function(ranks):
@@ -87,7 +88,7 @@ def test_masks_and_the_function(ranks):
 
     expected = syncbn.sync_batch_norm(x, None, None, mask=mask)
     for parts in zip(*ranks(2, normalise), strict=True):
-        torch.testing.assert_close(torch.cat(parts), expected, **TOLERANCE)
+        torch.testing.assert_close(torch.cat(parts), expected, **CLOSE)
 
 
 def test_inside_distributed_data_parallel(ranks):
@@ -105,7 +106,7 @@ def test_inside_distributed_data_parallel(ranks):
 
     for results in ranks(2, train):
         for mine, its in zip(results, alone.parameters(), strict=True):
-            torch.testing.assert_close(2 * mine, its.grad, **TOLERANCE)
+            torch.testing.assert_close(2 * mine, its.grad, **CLOSE)
 
 
 def test_ranks_that_are_threads():
@@ -120,8 +121,8 @@ def test_ranks_that_are_threads():
         return step(model, x.split(3)[rank], 3 * rank, False)
 
     results = in_threads(2, train)
-    torch.testing.assert_close(torch.cat([found[0] for found in results]), y, **TOLERANCE)
-    torch.testing.assert_close(torch.cat([found[1] for found in results]), dx, **TOLERANCE)
+    torch.testing.assert_close(torch.cat([found[0] for found in results]), y, **CLOSE)
+    torch.testing.assert_close(torch.cat([found[1] for found in results]), dx, **CLOSE)
 
 
 def test_the_function_with_a_group(ranks):
@@ -136,7 +137,7 @@ def test_the_function_with_a_group(ranks):
     def normalise(rank):
         return syncbn.DataParallel(Function(), ["cpu"] * 2)(x.split((4, 3))[rank])
 
-    torch.testing.assert_close(torch.cat(ranks(2, normalise)), expected, **TOLERANCE)
+    torch.testing.assert_close(torch.cat(ranks(2, normalise)), expected, **CLOSE)
 
 
 def test_what_is_refused_is_refused_on_every_rank(ranks):
@@ -182,7 +183,7 @@ def test_batched_gradients_where_a_replica_is_not_used(ranks):
         dys = torch.eye(y.numel(), dtype=y.dtype)[-2:].view(2, *y.shape)
         (batched,) = torch.autograd.grad(y, x, dys, is_grads_batched=True, retain_graph=True)
         single = [torch.autograd.grad(y, x, dy, retain_graph=True)[0] for dy in dys]
-        torch.testing.assert_close(batched, torch.stack(single), **TOLERANCE)
+        torch.testing.assert_close(batched, torch.stack(single), **CLOSE)
 
     ranks(2, gradients)
 

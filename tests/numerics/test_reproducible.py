@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 import syncbn
 from support import oracle
-from support.cases import Case, check, laid_out, step
+from support.cases import Case, check, laid_out, share_of, step
 from syncbn.kernels import composite
 from syncbn.numerics import reproducible
 
@@ -163,7 +163,7 @@ def test_masked_batches_too(ranks):
     mask[2] = False
 
     def run(rank, split):
-        mine = slice(sum(split[:rank]), sum(split[: rank + 1]))
+        mine = share_of(split, rank)
         layer = syncbn.convert(torch.nn.BatchNorm1d(4), reproducible=True)
         share = x[mine].clone().requires_grad_()
         y = layer(share, mask[mine])
@@ -180,7 +180,7 @@ def test_gradients_that_keep_their_graph_too(ranks):
     x, dy = torch.randn(2, 6, 3, 4, 5) + 2
 
     def run(rank, split, reproducible):
-        mine = slice(sum(split[:rank]), sum(split[: rank + 1]))
+        mine = share_of(split, rank)
         layer = syncbn.SyncBatchNorm2d(3, reproducible=reproducible)
         share = x[mine].clone().requires_grad_()
         (dx,) = torch.autograd.grad(layer(share), share, dy[mine], create_graph=True)
@@ -210,7 +210,7 @@ def test_a_network_in_training_keeps_its_statistics_to_the_bit(ranks):
         torch.manual_seed(0)
         layers = [syncbn.SyncBatchNorm2d(3, reproducible=True) for _ in range(3)]
         model = torch.nn.Sequential(*(f for bn in layers for f in (bn, torch.nn.GELU())))
-        model(x[sum(split[:rank]) : sum(split[: rank + 1])])
+        model(x[share_of(split, rank)])
         return model.state_dict()
 
     alone = run(0, (6,))

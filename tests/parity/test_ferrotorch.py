@@ -14,7 +14,8 @@ from torch import nn
 
 import syncbn
 from support import oracle
-from support.in_threads import attempts, in_threads, outcomes, share
+from support.cases import share_of
+from support.in_threads import attempts, in_threads, outcomes
 
 STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
@@ -33,7 +34,8 @@ def in_ranks(x, dy, split=(2, 2), **options):
 
     def run(comm):
         layer = syncbn.SyncBatchNorm2d(x.shape[1], process_group=comm, **options)
-        return step(layer, share(x, split, comm.rank), share(dy, split, comm.rank))
+        mine = share_of(split, comm.rank)
+        return step(layer, x[mine], dy[mine])
 
     return in_threads(len(split), run)
 

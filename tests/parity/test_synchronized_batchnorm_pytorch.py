@@ -12,7 +12,8 @@ import torch
 from torch import nn
 
 import syncbn
-from support.replicas import CPUS, TOLERANCE, assert_same_step, images, nested, twins
+from support.cases import CLOSE
+from support.replicas import CPUS, assert_same_step, images, nested, twins
 from syncbn.kernels import composite
 
 
@@ -25,7 +26,7 @@ def layers_agree(ours, theirs, shape):
         for _ in range(2):
             assert_same_step(parallel, alone, torch.randn(shape, dtype=torch.float64) * 3 + 1)
         x = torch.randn(shape, dtype=torch.float64)
-        torch.testing.assert_close(parallel.eval()(x), alone.eval()(x), **TOLERANCE)
+        torch.testing.assert_close(parallel.eval()(x), alone.eval()(x), **CLOSE)
 
 
 def test_SynchronizedBatchNorm1d():
@@ -79,7 +80,7 @@ def test_convert_model():
         assert type(wrapper) is syncbn.DataParallel
         assert type(wrapper.module[1]) is syncbn.SyncBatchNorm2d
         x = images(5)
-        torch.testing.assert_close(model(x), copy.deepcopy(alone)(x), **TOLERANCE)
+        torch.testing.assert_close(model(x), copy.deepcopy(alone)(x), **CLOSE)
         syncbn.revert(model)
         assert type(wrapper) is nn.DataParallel
         assert type(wrapper.module[1]) is nn.BatchNorm2d
@@ -151,6 +152,6 @@ def test_batchnorm_reimpl_backward():
     _, found = composite.normalise(x_, sets, eps=layer.eps)
     sums = composite.gradient_sums(dy, x_, found)
     dx = composite.input_gradient(dy, x_, weight=weight, statistics=found, sums=sums)
-    torch.testing.assert_close(dx, x.grad, **TOLERANCE)
-    torch.testing.assert_close(sums[1], layer.weight.grad, **TOLERANCE)
-    torch.testing.assert_close(sums[0], layer.bias.grad, **TOLERANCE)
+    torch.testing.assert_close(dx, x.grad, **CLOSE)
+    torch.testing.assert_close(sums[1], layer.weight.grad, **CLOSE)
+    torch.testing.assert_close(sums[0], layer.bias.grad, **CLOSE)

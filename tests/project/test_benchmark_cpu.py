@@ -6,9 +6,9 @@ import json
 
 import pytest
 
+from support.kernels import needs_native
 from support.paths import ROOT
 from support.scripts import Ended, execute
-from syncbn.kernels import native
 
 FOLDER = ROOT / "benchmarks"
 
@@ -77,7 +77,7 @@ def test_model_without_transformers_says_so():
     assert result.stderr == "Error: transformers is missing: pip install transformers\n"
 
 
-@pytest.mark.skipif(not native.available(), reason=str(native.unavailable()))
+@needs_native
 def test_compilers():
     """Compares the installed library with itself."""
     rows = rows_of("--turns", "1", "--repetitions", "2", script="cpu_compilers.py")

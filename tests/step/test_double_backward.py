@@ -8,6 +8,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import syncbn
+from support.cases import share_of
 
 
 def whole_batch_functions(comm, split):
@@ -16,8 +17,7 @@ def whole_batch_functions(comm, split):
     Both are differentiable, and the derivative of the whole batch is whole on every rank. So
     autograd's numerical checks can run on all ranks at once, with the same perturbations.
     """
-    start = sum(split[: comm.rank])
-    mine = slice(start, start + split[comm.rank])
+    mine = share_of(split, comm.rank)
     most = max(split)
 
     class Share(torch.autograd.Function):
@@ -95,8 +95,7 @@ def test_a_gradient_penalty_equals_one_process(ranks, split, ddp):
     def run(rank):
         model = syncbn.convert(critic())
         wrapped = DistributedDataParallel(model) if ddp else model
-        start = sum(split[:rank])
-        loss, gradient = penalty(wrapped, x[start : start + split[rank]])
+        loss, gradient = penalty(wrapped, x[share_of(split, rank)])
         loss.backward()
         return gradient.detach(), gradients(model)
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 import syncbn
 from support import oracle
-from support.cases import Case, check, laid_out, layouts, step
+from support.cases import Case, check, laid_out, layouts, share_of, step
 
 HALF = (torch.float16, torch.bfloat16)
 
@@ -120,8 +120,7 @@ def test_a_gradient_with_other_strides_than_the_input(ranks):
 
     def expanded(rank):
         x, _, weight, bias = case.batch()
-        start = sum(case.split[:rank])
-        mine = laid_out(x[start : start + case.split[rank]], "channels_last").requires_grad_()
+        mine = laid_out(x[share_of(case.split, rank)], "channels_last").requires_grad_()
         y = syncbn.sync_batch_norm(mine, None, None, weight, bias)
         (y.sum((2, 3)) * torch.arange(3.0)).sum().backward()  # dy is expanded, stride 0
         assert mine.grad.is_contiguous(memory_format=torch.channels_last)

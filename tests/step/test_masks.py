@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 import syncbn
 from support import oracle
+from support.cases import share_of
 from support.sequences import packed, speech
 from syncbn import mask_from_lengths
 
@@ -40,7 +41,7 @@ def test_a_step_equals_the_packed_values(ranks, split, reproducible):
     x, dy, mask = speech()
 
     def run(rank):
-        mine = slice(sum(split[:rank]), sum(split[: rank + 1]))
+        mine = share_of(split, rank)
         layer = syncbn.SyncBatchNorm(3, dtype=torch.float64, reproducible=reproducible)
         return step(layer, x[mine], dy[mine], mask[mine]), layer.state_dict()
 
@@ -143,7 +144,7 @@ def test_second_derivatives_over_ranks(ranks, split, reproducible):
     (x, *_), (_, dy, mask) = speech(padding=1e9), speech(padding=3.0)
 
     def run(rank, split):
-        mine = slice(sum(split[:rank]), sum(split[: rank + 1]))
+        mine = share_of(split, rank)
         layer = syncbn.SyncBatchNorm(3, dtype=torch.float64, reproducible=reproducible)
         share = x[mine].clone().requires_grad_()
         y = layer(share, mask[mine]).tanh()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -10,6 +11,8 @@ from torch import Tensor
 
 import syncbn
 from support import oracle
+
+CLOSE = {"rtol": 1e-9, "atol": 1e-11}  # of float64, after some steps
 
 
 @dataclass(frozen=True)
@@ -78,11 +81,15 @@ def layouts(dimensions: int) -> list[str]:
     return ["contiguous", "strided", "transposed", *extra]
 
 
+def share_of(split: Sequence[int], rank: int) -> slice:
+    """Which samples of the whole batch ``rank`` holds."""
+    return slice(sum(split[:rank]), sum(split[: rank + 1]))
+
+
 def step(rank: int, case: Case, process_group: Any = None) -> dict[str, Tensor]:
     """One training step on this rank's share; what it computed."""
     x, dy, weight, bias = case.batch()
-    start = sum(case.split[:rank])
-    share = slice(start, start + case.split[rank])
+    mine = share_of(case.split, rank)
     layer = syncbn.SyncBatchNorm(
         case.channels,
         momentum=case.momentum,
@@ -94,12 +101,12 @@ def step(rank: int, case: Case, process_group: Any = None) -> dict[str, Tensor]:
     for name, value in (("weight", weight), ("bias", bias)):
         parameter = None if value is None else torch.nn.Parameter(value)
         layer.register_parameter(name, parameter)
-    mine = laid_out(x[share], case.layout).detach().requires_grad_()
-    y = layer(mine)
-    y.backward(laid_out(dy[share], case.gradient_layout))
-    assert strides(y) == strides(mine.grad) == strides(torch.empty_like(mine))
-    assert y.dtype == mine.grad.dtype == case.dtype
-    result = {"y": y.detach().contiguous(), "dx": mine.grad.contiguous()}
+    x = laid_out(x[mine], case.layout).detach().requires_grad_()
+    y = layer(x)
+    y.backward(laid_out(dy[mine], case.gradient_layout))
+    assert strides(y) == strides(x.grad) == strides(torch.empty_like(x))
+    assert y.dtype == x.grad.dtype == case.dtype
+    result = {"y": y.detach().contiguous(), "dx": x.grad.contiguous()}
     for name, parameter in layer.named_parameters():
         assert parameter.grad.dtype == case.param_dtype
         result["d" + name] = parameter.grad

@@ -14,9 +14,9 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
 import syncbn
+from support.cases import CLOSE
 
 BACKENDS = ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)]
-CLOSE = {"rtol": 1e-9, "atol": 1e-11}
 
 
 # Of BatchNorm: the kinds that differ most as graphs, and every kind of momentum and statistics.
@@ -25,14 +25,20 @@ EVERY = {}, *FEW, {"affine": False}
 
 
 class Network(nn.Module):
-    """A block for each of some options of BatchNorm; to compile one takes half a second."""
+    """A block for each of some options of BatchNorm, checkpointed if ``reentrant`` says how.
+
+    To compile a block takes half a second.
+    """
 
     def __init__(
-        self, width: int = 5, checkpointed: bool = False, options: Sequence[dict[str, Any]] = FEW
+        self,
+        width: int = 5,
+        reentrant: bool | None = None,
+        options: Sequence[dict[str, Any]] = FEW,
     ) -> None:
         super().__init__()
         torch.manual_seed(3)
-        self.checkpointed = checkpointed
+        self.reentrant = reentrant
         self.blocks = nn.ModuleList(
             nn.Sequential(nn.Linear(width, width), nn.BatchNorm1d(width, **some), nn.Tanh())
             for some in options
@@ -41,7 +47,10 @@ class Network(nn.Module):
 
     def forward(self, x):
         for block in self.blocks:
-            x = checkpoint(block, x, use_reentrant=False) if self.checkpointed else block(x)
+            if self.reentrant is None:
+                x = block(x)
+            else:
+                x = checkpoint(block, x, use_reentrant=self.reentrant)
         return x
 
 

@@ -51,9 +51,3 @@ def in_threads(size: int, function: Callable[..., Any], **options: Any) -> list[
     for error in own or errors:
         raise error
     return found
-
-
-def share(whole: Any, split: tuple[int, ...], rank: int) -> Any:
-    """The samples of a whole batch that ``rank`` holds."""
-    start = sum(split[:rank])
-    return whole[start : start + split[rank]]

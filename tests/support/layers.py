@@ -124,11 +124,11 @@ def assert_same_training(ours, theirs, shape, dtype=torch.float32):
         identical(observe(ours, x), observe(theirs, x))
 
 
-def saved_and_loaded(state):
+def saved_and_loaded(state, weights_only=True):
     stream = io.BytesIO()
     torch.save(state, stream)
     stream.seek(0)
-    return torch.load(stream, weights_only=True)
+    return torch.load(stream, weights_only=weights_only)
 
 
 def snapshot(model):

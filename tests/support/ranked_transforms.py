@@ -6,6 +6,7 @@ import torch
 from torch.func import functional_call
 
 import syncbn
+from support.cases import share_of
 from support.transforms import all_of, wanting
 
 DOUBLE = torch.float64
@@ -147,8 +148,7 @@ def setting(option):
 def outcome(step, option, comm, rank, split):
     """What a rank finds with its share."""
     (x, *parameters), w, t, mask = setting(option)
-    start = sum(split[:rank])
-    share = slice(start, start + split[rank])
+    share = share_of(split, rank)
     given = (mask[share],) if option == "masked" else ()
     layer = syncbn.SyncBatchNorm(
         2, dtype=DOUBLE, process_group=comm, track_running_stats=False, **OPTIONS[option]

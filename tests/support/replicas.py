@@ -9,9 +9,10 @@ import torch
 from torch import nn
 
 import syncbn
+from support.cases import CLOSE
+from support.training import assert_same_state
 
 CPUS = ["cpu"] * 3
-TOLERANCE = {"rtol": 1e-9, "atol": 1e-11}
 
 
 def images(samples: int, seed: int = 0) -> torch.Tensor:
@@ -39,23 +40,20 @@ def twins(make: Callable[[], nn.Module], devices=CPUS) -> tuple[nn.Module, nn.Mo
     return syncbn.DataParallel(syncbn.convert(copy.deepcopy(alone)), devices), alone
 
 
-def assert_same_state(parallel: nn.Module, alone: nn.Module) -> None:
-    ours, theirs = parallel.module.state_dict(), alone.state_dict()
-    assert ours.keys() == theirs.keys()
-    for name, value in theirs.items():
-        torch.testing.assert_close(ours[name], value, **TOLERANCE, msg=name)
+def assert_same_state_and_gradients(parallel: nn.Module, alone: nn.Module) -> None:
+    assert_same_state([parallel.module.state_dict()], alone.state_dict())
     pairs = zip(parallel.module.parameters(), alone.parameters(), strict=True)
     for mine, its in pairs:
         assert (mine.grad is None) == (its.grad is None)
         if its.grad is not None:
-            torch.testing.assert_close(mine.grad, its.grad, **TOLERANCE)
+            torch.testing.assert_close(mine.grad, its.grad, **CLOSE)
 
 
 def assert_same_step(parallel: nn.Module, alone: nn.Module, x: torch.Tensor) -> None:
     xs = [x.clone().requires_grad_() for _ in range(2)]
     ys = [model(x) for model, x in zip((parallel, alone), xs, strict=True)]
-    torch.testing.assert_close(*ys, **TOLERANCE)
+    torch.testing.assert_close(*ys, **CLOSE)
     for y in ys:
         y.backward(torch.linspace(-1, 2, y.numel(), dtype=y.dtype).view(y.shape).sin())
-    torch.testing.assert_close(xs[0].grad, xs[1].grad, **TOLERANCE)
-    assert_same_state(parallel, alone)
+    torch.testing.assert_close(xs[0].grad, xs[1].grad, **CLOSE)
+    assert_same_state_and_gradients(parallel, alone)

@@ -18,6 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import CheckpointFunction, checkpoint
 
 import syncbn
+from support.cases import CLOSE
 from support.compiling import compiled
 
 FORMS = [True, False]
@@ -100,7 +101,7 @@ def call_in_backward(model):
 
 
 def assert_same(actual, expected):
-    torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-11)
+    torch.testing.assert_close(actual, expected, **CLOSE)
 
 
 @pytest.mark.parametrize("reentrant", FORMS)

@@ -16,29 +16,15 @@ from torch.utils.checkpoint import (
 )
 
 import syncbn
-from support.compiling import CLOSE, step
+from support.cases import CLOSE
+from support.compiling import Network, step
+from support.training import assert_same_state
+
+MOMENTA = [{"momentum": momentum} for momentum in (0.1, None, 1.0)]
 
 
-class Network(nn.Module):
-    """Three blocks with BatchNorm, each checkpointed as told."""
-
-    def __init__(self, reentrant: bool | None) -> None:
-        super().__init__()
-        torch.manual_seed(2)
-        self.reentrant = reentrant
-        self.blocks = nn.ModuleList(
-            nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4, momentum=momentum), nn.Tanh())
-            for momentum in (0.1, None, 1.0)
-        )
-        self.double()
-
-    def forward(self, x):
-        for block in self.blocks:
-            if self.reentrant is None:
-                x = block(x)
-            else:
-                x = checkpoint(block, x, use_reentrant=self.reentrant)
-        return x
+def network(reentrant: bool | None = None) -> nn.Module:
+    return Network(4, reentrant, MOMENTA)
 
 
 def train(model, data):
@@ -57,22 +43,20 @@ def test_training_equals_the_uncheckpointed_run(ranks, reentrant, world):
     data = torch.randn(4, 2 * world, 4, dtype=torch.float64) + 1
 
     def run(rank):
-        model = syncbn.convert(Network(reentrant))
+        model = syncbn.convert(network(reentrant))
         if world > 1:
             ddp = DistributedDataParallel(model, static_graph=reentrant)
             train(ddp, [x[2 * rank : 2 * rank + 2] for x in data])
             return model.state_dict()
         return train(model, data)
 
-    expected = train(Network(None), data)
-    for state in ranks(world, run) if world > 1 else [run(0)]:
-        for name, value in expected.items():
-            torch.testing.assert_close(state[name], value, rtol=1e-9, atol=1e-11, msg=name)
+    states = ranks(world, run) if world > 1 else [run(0)]
+    assert_same_state(states, train(network(), data))
 
 
 def test_a_whole_sequence_of_segments(ranks):
     def run(rank):
-        model = syncbn.convert(Network(None))
+        model = syncbn.convert(network())
         x = torch.randn(2, 4, dtype=torch.float64).requires_grad_()
         checkpoint_sequential(model.blocks, 2, x, use_reentrant=False).sum().backward()
         return [int(block[1].num_batches_tracked) for block in model.blocks]
@@ -97,7 +81,7 @@ def test_selective_checkpointing(ranks, world):
     """The second forward runs the first one's operations, some of whose results are kept."""
 
     def run(rank):
-        model, plain = (syncbn.convert(Network(None).blocks[0]) for _ in range(2))
+        model, plain = (syncbn.convert(network().blocks[0]) for _ in range(2))
         contexts = functools.partial(create_selective_checkpoint_contexts, save_products)
 
         def kept(x):

@@ -134,7 +134,7 @@ def test_checkpointing(ranks, inside, backend):
     """Statistics move once: checkpoints in a compiled model, compiled blocks in checkpoints."""
 
     def run(rank):
-        model, plain = syncbn.convert(Network(checkpointed=True)), syncbn.convert(Network())
+        model, plain = syncbn.convert(Network(reentrant=False)), syncbn.convert(Network())
         call = model
         if inside:
             call, _ = compiled(model, backend)

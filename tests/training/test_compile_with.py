@@ -11,7 +11,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 import syncbn
-from support.compiling import CLOSE, Network, compiled, step
+from support.cases import CLOSE
+from support.compiling import Network, compiled, step
 from support.sequences import speech
 from syncbn import masking
 

@@ -1,7 +1,6 @@
 """What training loops copy, average and save: over ranks it is what one process would have."""
 
 import copy
-import io
 import warnings
 
 import pytest
@@ -15,6 +14,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
 
 import syncbn
+from support.cases import CLOSE
+from support.layers import saved_and_loaded
 
 SAMPLES = 12  # of a batch of all ranks together: whole samples for 2 and for 3 ranks
 
@@ -47,7 +48,7 @@ def wrapped():
 
 
 def close(actual, expected):
-    torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-11)
+    torch.testing.assert_close(actual, expected, **CLOSE)
 
 
 def plain_state(model):
@@ -136,12 +137,9 @@ def test_a_whole_model_saves_without_its_group_and_takes_another(ranks):
     def run(rank):
         pairs = [dist.new_group([0, 1]), dist.new_group([2])]
         model = syncbn.convert(network(), pairs[rank // 2])
-        stream = io.BytesIO()
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            torch.save(model, stream)
-        stream.seek(0)
-        loaded = torch.load(stream, weights_only=False)
+            loaded = saved_and_loaded(model, weights_only=False)
         layers = [m for m in loaded.modules() if isinstance(m, syncbn.SyncBatchNorm)]
         groups = [layer.process_group for layer in layers]
         for layer in layers:

@@ -17,6 +17,19 @@ def wrapped(model: nn.Module, **options: object) -> DistributedDataParallel:
     return DistributedDataParallel(syncbn.convert(model), **options)
 
 
+def assert_as_alone(ranks, make, steps=train, **options) -> None:
+    """``steps`` of ``make()``, wrapped on two ranks, are those of one process."""
+
+    def run(rank):
+        model = wrapped(make(), **options)
+        steps(model, share(rank, 3, batches(6)))
+        return model.module.state_dict()
+
+    alone = make()
+    steps(alone, batches(6))
+    assert_same_state(ranks(2, run), alone.state_dict())
+
+
 @pytest.mark.parametrize("broadcast_buffers", [True, False])
 @pytest.mark.parametrize("gradient_as_bucket_view", [True, False])
 @pytest.mark.parametrize("graph", ["any", "static_graph", "find_unused_parameters"])
@@ -26,15 +39,7 @@ def test_options(ranks, broadcast_buffers, gradient_as_bucket_view, graph):
         "gradient_as_bucket_view": gradient_as_bucket_view,
         **({} if graph == "any" else {graph: True}),
     }
-
-    def run(rank):
-        model = wrapped(network(), **options)
-        train(model, share(rank, 3, batches(6)))
-        return model.module.state_dict()
-
-    alone = network()
-    train(alone, batches(6))
-    assert_same_state(ranks(2, run), alone.state_dict())
+    assert_as_alone(ranks, network, **options)
 
 
 class Forked(nn.Module):
@@ -59,14 +64,7 @@ def test_layers_left_out_on_all_ranks_alike(ranks):
             cross_entropy(model(x, number % 3 % 2), target).backward()
             optimizer.step()
 
-    def run(rank):
-        model = wrapped(Forked(), find_unused_parameters=True)
-        steps(model, share(rank, 3, batches(6)))
-        return model.module.state_dict()
-
-    alone = Forked()
-    steps(alone, batches(6))
-    assert_same_state(ranks(2, run), alone.state_dict())
+    assert_as_alone(ranks, Forked, steps, find_unused_parameters=True)
 
 
 @pytest.mark.parametrize("broadcast_buffers", [True, False])
@@ -81,14 +79,7 @@ def test_two_forwards_before_one_backward(ranks, broadcast_buffers):
             (cross_entropy(first, target) + 2 * cross_entropy(second, target2)).backward()
             optimizer.step()
 
-    def run(rank):
-        model = wrapped(network(), broadcast_buffers=broadcast_buffers)
-        steps(model, share(rank, 3, batches(6)))
-        return model.module.state_dict()
-
-    alone = network()
-    steps(alone, batches(6))
-    assert_same_state(ranks(2, run), alone.state_dict())
+    assert_as_alone(ranks, network, steps, broadcast_buffers=broadcast_buffers)
 
 
 @pytest.mark.parametrize("gradient_as_bucket_view", [True, False])
@@ -107,14 +98,7 @@ def test_accumulation_without_synchronising_gradients(ranks, gradient_as_bucket_
             cross_entropy(model(x2), target2).backward()
             optimizer.step()
 
-    def run(rank):
-        model = wrapped(network(), gradient_as_bucket_view=gradient_as_bucket_view)
-        steps(model, share(rank, 3, batches(6)))
-        return model.module.state_dict()
-
-    alone = network()
-    steps(alone, batches(6))
-    assert_same_state(ranks(2, run), alone.state_dict())
+    assert_as_alone(ranks, network, steps, gradient_as_bucket_view=gradient_as_bucket_view)
 
 
 class Twice(nn.Module):
@@ -133,14 +117,7 @@ class Twice(nn.Module):
 
 @pytest.mark.parametrize("options", [{}, {"static_graph": True}], ids=["any", "static_graph"])
 def test_a_layer_used_twice_in_one_forward(ranks, options):
-    def run(rank):
-        model = wrapped(Twice().double(), **options)
-        train(model, share(rank, 3, batches(6)))
-        return model.module.state_dict()
-
-    alone = Twice().double()
-    train(alone, batches(6))
-    assert_same_state(ranks(2, run), alone.state_dict())
+    assert_as_alone(ranks, lambda: Twice().double(), **options)
 
 
 def test_two_models_with_different_groups_in_one_process(ranks):
