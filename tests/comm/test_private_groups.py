@@ -5,8 +5,8 @@ from __future__ import annotations
 import datetime
 import gc
 import threading
-import time
 import weakref
+from unittest import mock
 
 import pytest
 import torch
@@ -18,6 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import syncbn
 from support.scripts import execute
+from syncbn.comm import groups
 from syncbn.comm.groups import private
 
 
@@ -325,18 +326,25 @@ def test_threads_may_begin_with_other_groups_on_each_rank(ranks):
     """Each group is cloned by itself: one that waits for its ranks keeps no other waiting."""
 
     def run(rank):
-        groups = [dist.new_group([0, 1]) for _ in range(2)]
+        both = [dist.new_group([0, 1]) for _ in range(2)]
         means = [None, None]
 
         def train(number):
-            layer = syncbn.SyncBatchNorm1d(2, momentum=1.0, process_group=groups[number])
+            layer = syncbn.SyncBatchNorm1d(2, momentum=1.0, process_group=both[number])
             layer(torch.full((1, 2), float(rank)))
             means[number] = layer.running_mean.tolist()
 
+        cloning, clone = threading.Event(), groups._cloned
+
+        def noticed(group):
+            cloning.set()
+            return clone(group)
+
         first = threading.Thread(target=train, args=(rank,), daemon=True)
-        first.start()
-        time.sleep(0.5)
-        train(1 - rank)
+        with mock.patch.object(groups, "_cloned", noticed):
+            first.start()
+            assert cloning.wait(30)
+            train(1 - rank)
         first.join(30)
         return means
 

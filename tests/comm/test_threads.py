@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import random
 import threading
-import time
 
 import pytest
 import torch
@@ -15,7 +14,7 @@ import syncbn
 from support import oracle
 from support.cases import share_of
 from support.contract import check_interleaved
-from support.in_threads import in_threads, outcomes
+from support.in_threads import in_threads, outcomes, watch_arrivals
 from support.scripts import execute
 from support.training import assert_same_state, batches, network, train_in_shares
 from syncbn.comm import threads
@@ -53,16 +52,20 @@ def test_sums_are_taken_in_the_order_of_ranks():
         generator = torch.Generator().manual_seed(rank)
         return torch.randn(500, generator=generator) * 10.0 ** (rank - 2)
 
+    comms = threads(5)
+    until = watch_arrivals(comms)
+    orders = [random.sample(range(5), 5) for _ in range(10)]
+
     def total(comm):
         mine = term(comm.rank)
         sums = []
-        for _ in range(10):
-            time.sleep(random.uniform(0, 0.005))  # ranks arrive in any order
+        for order in orders:
+            until(order.index(comm.rank))
             sums.append(comm.all_reduce(mine))
         return sums
 
     expected = torch.stack([term(rank) for rank in range(5)]).sum(0)
-    for sums in in_threads(5, total):
+    for sums in outcomes(total, [(comm,) for comm in comms]):
         assert all(torch.equal(found, expected) for found in sums)
 
 

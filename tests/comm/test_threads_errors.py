@@ -5,13 +5,12 @@ from __future__ import annotations
 import re
 import signal
 import threading
-import time
 
 import pytest
 import torch
 
 import syncbn
-from support.in_threads import attempts, outcomes
+from support.in_threads import LIMIT, attempts, outcomes, watch_arrivals
 from syncbn.comm import threads
 
 PATIENCE = 60.0  # of ranks that are not to wait: longer than a test's threads may take
@@ -90,10 +89,11 @@ def test_a_rank_that_raises_inside_backward():
 
 def test_abort_ends_every_rank_now_and_later():
     comms = threads(3, timeout=PATIENCE)
+    until = watch_arrivals(comms)
 
     def run(comm):
         if comm.rank == 0:
-            time.sleep(0.1)  # the others wait by now
+            until(2)
             comm.abort("the loss is not finite")
         comm.all_reduce(torch.ones(2))
 
@@ -107,14 +107,20 @@ def test_abort_ends_every_rank_now_and_later():
 
 @pytest.mark.parametrize("leaver_is_first", [True, False])
 def test_a_rank_that_leaves_early_ends_the_others_at_once(leaver_is_first):
-    def run(comm):
-        comm.all_gather(torch.ones(2))
-        if (comm.rank == 2) == leaver_is_first:
-            time.sleep(0.1)
-        if comm.rank != 2:
-            comm.all_reduce(torch.ones(2))
+    comms = threads(3, timeout=PATIENCE)
+    until, left = watch_arrivals(comms), threading.Event()
 
-    results = attempts(3, run, timeout=PATIENCE)
+    def run(comm):
+        with comm:
+            comm.all_gather(torch.ones(2))
+            if comm.rank != 2:
+                assert not leaver_is_first or left.wait(LIMIT)
+                comm.all_reduce(torch.ones(2))
+            elif not leaver_is_first:
+                until(2)
+        left.set()
+
+    results = outcomes(run, [(comm,) for comm in comms])
     assert results[2] is None
     text = only_text(results, (0, 1))
     assert "all_reduce: rank 2 left the 'with comm:' block before the others" in text
@@ -159,12 +165,15 @@ CALLS = {
 @pytest.mark.parametrize(("calls", "listed"), CALLS.values(), ids=CALLS)
 @pytest.mark.parametrize("order", [0, 1])
 def test_calls_that_differ_are_named_on_every_rank(calls, listed, order):
+    comms = threads(2, timeout=PATIENCE)
+    until = watch_arrivals(comms)
+
     def run(comm):
         if comm.rank == order:
-            time.sleep(0.05)
+            until(1)
         calls[comm.rank](comm)
 
-    text = only_text(attempts(2, run, timeout=PATIENCE))
+    text = only_text(outcomes(run, [(comm,) for comm in comms]))
     assert f"ranks call different collectives: {listed}; every rank must" in text
 
 
@@ -196,14 +205,18 @@ def test_tensors_elsewhere_are_refused_on_every_rank():
 def test_an_interrupt_while_waiting_ends_the_others():
     """Ctrl-C reaches the main thread, here rank 0 of three."""
     comms = threads(3, timeout=PATIENCE)
+    until, main = watch_arrivals(comms), threading.main_thread().ident
     found = []
     other = threading.Thread(
         target=lambda: found.extend(outcomes(comms[1].all_gather, [(torch.ones(2),)])), daemon=True
     )
     other.start()
-    main = threading.main_thread().ident
-    timer = threading.Timer(0.2, signal.pthread_kill, (main, signal.SIGINT))
-    timer.start()
+
+    def interrupt():
+        until(2)
+        signal.pthread_kill(main, signal.SIGINT)
+
+    threading.Thread(target=interrupt, daemon=True).start()
     with pytest.raises(KeyboardInterrupt):
         comms[0].all_gather(torch.ones(2))
     other.join(PATIENCE)

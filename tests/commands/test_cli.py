@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import json
 import multiprocessing
@@ -13,6 +14,8 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import pytest
 
@@ -23,7 +26,7 @@ if any(importlib.util.find_spec(name) is None for name in ("sklearn", "matplotli
     pytest.skip("needs the extra [cli]", allow_module_level=True)
 
 from syncbn.cli import main
-from syncbn.demo import train
+from syncbn.demo import run, train
 from syncbn.kernels import native
 
 NO_PLOT = ["--no-plot"]
@@ -227,9 +230,11 @@ class Running:
             assert time.monotonic() < end, f"waited for {what} in vain"
             time.sleep(0.02)
 
-    def wait_until_training(self) -> None:
+    def wait_until_the_ranks_meet(self) -> None:
         self.wait_for(lambda: any(self.folder.glob("*/rendezvous")), "the ranks to meet")
-        time.sleep(0.5)
+
+    def wait_until_training(self) -> None:
+        self.wait_for(self.folder.with_name("training").exists, "word of progress")
 
     def assert_nothing_left(self) -> None:
         self.wait_for(lambda: not self.session(), "every process to end")
@@ -244,7 +249,16 @@ def _forked_demo(folder: Path, streams: list[Path]) -> None:
         with stream.open("w") as opened:
             os.dup2(opened.fileno(), descriptor)
     fork_on()
-    sys.exit(main(DEMO))
+
+    def noting(launch: Callable[..., Any], *args: Any, on_message: Any, **options: Any) -> Any:
+        def note(message: object) -> None:
+            folder.with_name("training").touch()
+            on_message(message)
+
+        return launch(*args, on_message=note, **options)
+
+    with mock.patch.object(run.launch, "launch", functools.partial(noting, run.launch.launch)):
+        sys.exit(main(DEMO))
 
 
 @pytest.fixture
@@ -296,7 +310,7 @@ def test_sigterm_leaves_nothing(demo: Callable[..., Running]) -> None:
 @needs_proc
 def test_a_killed_rank_ends_the_run(demo: Callable[..., Running]) -> None:
     running = demo()
-    running.wait_until_training()
+    running.wait_until_the_ranks_meet()
     os.kill(running.ranks()[1], signal.SIGKILL)
     code, _, err = running.end()
     assert code == 1
@@ -307,7 +321,7 @@ def test_a_killed_rank_ends_the_run(demo: Callable[..., Running]) -> None:
 @needs_proc
 def test_a_killed_parent_leaves_nothing(demo: Callable[..., Running]) -> None:
     running = demo()
-    running.wait_until_training()
+    running.wait_until_the_ranks_meet()
     running.process.kill()
     running.end()
     running.assert_nothing_left()

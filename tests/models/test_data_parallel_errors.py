@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import _thread
+import signal
 import threading
-import time
 
 import pytest
 import torch
@@ -52,9 +51,8 @@ def run(function, gradient=False):
     try:
         return syncbn.DataParallel(module, CPUS)(numbered().requires_grad_(gradient))
     finally:
-        deadline = time.monotonic() + 10
-        while replicas() and time.monotonic() < deadline:
-            time.sleep(0.01)
+        for thread in replicas():
+            thread.join(10)
         assert not replicas(), "replicas are left waiting"
 
 
@@ -165,8 +163,7 @@ def test_bad_input_is_refused_at_the_layer():
 def test_an_interrupt_leaves_no_replica_waiting():
     def forward(self, number, x):
         if number == 1:
-            _thread.interrupt_main()
-            time.sleep(0.2)
+            signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
         return self.one(x)
 
     with pytest.raises(KeyboardInterrupt):

@@ -51,3 +51,25 @@ def in_threads(size: int, function: Callable[..., Any], **options: Any) -> list[
     for error in own or errors:
         raise error
     return found
+
+
+def watch_arrivals(comms: list[syncbn.comm.Threads]) -> Callable[[int], None]:
+    """``until(count)``, which returns when ``count`` ranks wait in a collective of ``comms``.
+
+    For tests in which somebody is late: no sleep makes sure of that. Call it before any collective.
+    """
+    group = comms[0]._group
+    lock = threading.RLock()
+    group.changed, arrived = threading.Condition(lock), threading.Condition(lock)
+    wait = group._wait
+
+    def noticed(*args: Any) -> None:
+        arrived.notify_all()
+        wait(*args)
+
+    def until(count: int) -> None:
+        with arrived:  # whoever was counted has let go of the lock: it waits
+            assert arrived.wait_for(lambda: len(group.round.calls) >= count, LIMIT)
+
+    group._wait = noticed
+    return until

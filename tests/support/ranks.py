@@ -62,6 +62,11 @@ class World:
                     deadline = min(deadline, time.monotonic() + GRACE)
         if len(answers) == self.size and all(good for good, _ in answers.values()):
             return [answers[rank][1] for rank in range(self.size)]
+        hanging = [rank for rank in range(self.size) if rank not in answers]
+        for rank in hanging:
+            os.kill(self._processes[rank].pid, signal.SIGUSR1)
+        for rank in hanging:  # it writes its stacks, then it ends
+            self._processes[rank].join(GRACE)
         report = [self._describe(rank, answers, timeout) for rank in range(self.size)]
         for process in self._processes:
             process.kill()
@@ -93,8 +98,6 @@ class World:
         if rank in answers:
             good, value = answers[rank]
             return f"--- rank {rank}: {'finished' if good else value}"
-        os.kill(self._processes[rank].pid, signal.SIGUSR1)
-        time.sleep(0.3)
         stacks = _stacks(self._folder.name, rank).read_text()
         waited = f"{timeout:g} s, or {GRACE:g} s after the first failure"
         return f"--- rank {rank}: no answer after {waited}\n{stacks}"
@@ -114,9 +117,9 @@ def _serve(rank: int, size: int, connection: Connection, folder: str) -> None:
 
 
 def serve(rank: int, connection: Connection, folder: str) -> None:
-    """Answer calls until the connection closes; on SIGUSR1 write all stacks into ``folder``."""
+    """Answer calls until the connection closes; on SIGUSR1 write stacks to ``folder`` and end."""
     stacks = _stacks(folder, rank).open("w")
-    faulthandler.register(signal.SIGUSR1, file=stacks, all_threads=True)
+    faulthandler.register(signal.SIGUSR1, file=stacks, all_threads=True, chain=True)
     import torch
 
     torch.set_num_threads(1)
