@@ -5,7 +5,7 @@ READY := .venv/.ready
 
 WHEEL := build/wheel
 
-.PHONY: setup demo test test-all test-composite test-native test-compilers test-aarch64 test-wheel lint format bench-toy clean
+.PHONY: setup demo test test-all test-composite test-native test-compilers test-aarch64 test-wheel coverage lint format bench-toy clean
 
 setup: $(READY)
 
@@ -83,6 +83,14 @@ test-wheel: $(READY)
 	SYNCBN_KERNELS=native $(WHEEL)/env/bin/python $(PYTEST) tests/project/test_house.py \
 	  tests/kernels/test_native.py tests/kernels/test_kernels.py \
 	  tests/step/test_exact.py tests/layers/test_modules.py
+
+# Which lines no test reaches, of all files or of make coverage TESTS=tests/step; what ranks run counts.
+coverage: $(READY)
+	rm -rf build/coverage
+	mkdir -p build/coverage
+	$(BIN)/python -m coverage run $(PYTEST) $(TESTS)
+	$(BIN)/python -m coverage combine -q
+	$(BIN)/python -m coverage report
 
 CXX_FILES := $(wildcard csrc/*/*.h csrc/*/*.cpp tests/native/*.h tests/native/*.cpp)
 
