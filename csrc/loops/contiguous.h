@@ -115,40 +115,55 @@ bool gradient_sums_planes(const View& dy, const View& x, const Tile& t, const vo
          all_finite(t.channels(), dot + t.channel_begin);
 }
 
-// Calls body(c, outer, inner, length) for each part of a plane in the tile.
+// Where a run begins in each channel of a tensor. As far as a compiler knows, stores to tensors can
+// change a view but no local variable like this, which it need not read again for every channel.
+template <class T>
+class Planes {
+ public:
+  SYNCBN_INLINE Planes(const View& x, const Run& run)
+      : first_(x.at<T>(0, run.outer, run.inner)), stride_(x.channel_stride) {}
+  SYNCBN_INLINE T* at(int64_t c) const { return first_ + c * stride_; }
+
+ private:
+  T* first_;
+  int64_t stride_;
+};
+
+// Calls body(run) for runs in one plane each that make up the tile.
 template <class Body>
 SYNCBN_INLINE void for_planes(const View& x, const Tile& t, Body body) {
   auto most = [&]() SYNCBN_LAMBDA { return x.inner; };
-  for_runs(x, t.position_begin, t.position_end, most, [&](const Run& run) SYNCBN_LAMBDA {
-    for (int64_t c = t.channel_begin; c < t.channel_end; ++c)
-      body(c, run.outer, run.inner, run.length);
-  });
+  for_runs(x, t.position_begin, t.position_end, most, body);
 }
 
 template <class T>
 void normalise_planes(const View& x, const View& y, const Tile& t, const Coefficients& k) {
   using R = Real<T>;
   constexpr int64_t w = lanes<R>;
-  for_planes(x, t, [&](int64_t c, int64_t o, int64_t i, int64_t length) SYNCBN_LAMBDA {
-    const T* from = x.at<T>(c, o, i);
-    T* to = y.at<T>(c, o, i);
-    const Vector<R> shift = broadcast(k.shifts<R>()[c]), scale = broadcast(k.scales<R>()[c]),
-                    offset = broadcast(k.offsets<R>()[c]);
-    auto result = [=](Vector<R> v) SYNCBN_LAMBDA { return (v - shift) * scale + offset; };
-    int64_t j = 0;
-    for (; j + 2 * w <= length; j += 2 * w) {
-      const Pair<R> v = load_pair(from + j);
-      store_pair(to + j, Pair<R>{result(v.a), result(v.b)});
+  for_planes(x, t, [&](const Run& run) SYNCBN_LAMBDA {
+    const Planes<T> values(x, run), results(y, run);
+    const int64_t length = run.length;
+    for (int64_t c = t.channel_begin; c < t.channel_end; ++c) {
+      const T* from = values.at(c);
+      T* to = results.at(c);
+      const Vector<R> shift = broadcast(k.shifts<R>()[c]), scale = broadcast(k.scales<R>()[c]),
+                      offset = broadcast(k.offsets<R>()[c]);
+      auto result = [=](Vector<R> v) SYNCBN_LAMBDA { return (v - shift) * scale + offset; };
+      int64_t j = 0;
+      for (; j + 2 * w <= length; j += 2 * w) {
+        const Pair<R> v = load_pair(from + j);
+        store_pair(to + j, Pair<R>{result(v.a), result(v.b)});
+      }
+      if (j + w < length) {
+        store(to + j, result(load(from + j)));
+        j += w;
+      }
+      const int64_t n = length - j;
+      if (n > 0 && length >= w)  // the last whole vector, some of it for the second time
+        store(to + length - w, result(load(from + length - w)));
+      else if (n > 0)
+        store_some(to + j, n, result(load_some(from + j, n)));
     }
-    if (j + w < length) {
-      store(to + j, result(load(from + j)));
-      j += w;
-    }
-    const int64_t n = length - j;
-    if (n > 0 && length >= w)  // the last whole vector, some of it for the second time
-      store(to + length - w, result(load(from + length - w)));
-    else if (n > 0)
-      store_some(to + j, n, result(load_some(from + j, n)));
   });
 }
 
@@ -157,26 +172,30 @@ void input_gradient_planes(const View& dy, const View& x, const View& dx, const 
                            const Coefficients& k) {
   using R = Real<T>;
   constexpr int64_t w = lanes<R>;
-  for_planes(x, t, [&](int64_t c, int64_t o, int64_t i, int64_t length) SYNCBN_LAMBDA {
-    const T *g = dy.at<T>(c, o, i), *p = x.at<T>(c, o, i);
-    T* to = dx.at<T>(c, o, i);
-    const Vector<R> shift = broadcast(k.shifts<R>()[c]), scale = broadcast(k.scales<R>()[c]),
-                    slope = broadcast(k.slopes<R>()[c]), offset = broadcast(k.offsets<R>()[c]);
-    auto result = [=](Vector<R> dy, Vector<R> x)
-                      SYNCBN_LAMBDA { return dy * scale + ((x - shift) * slope + offset); };
-    int64_t j = 0;
-    for (; j + 2 * w <= length; j += 2 * w) {
-      const Pair<R> gradient = load_pair(g + j), value = load_pair(p + j);
-      store_pair(to + j, Pair<R>{result(gradient.a, value.a), result(gradient.b, value.b)});
+  for_planes(x, t, [&](const Run& run) SYNCBN_LAMBDA {
+    const Planes<T> gradients(dy, run), values(x, run), results(dx, run);
+    const int64_t length = run.length;
+    for (int64_t c = t.channel_begin; c < t.channel_end; ++c) {
+      const T *g = gradients.at(c), *p = values.at(c);
+      T* to = results.at(c);
+      const Vector<R> shift = broadcast(k.shifts<R>()[c]), scale = broadcast(k.scales<R>()[c]),
+                      slope = broadcast(k.slopes<R>()[c]), offset = broadcast(k.offsets<R>()[c]);
+      auto result = [=](Vector<R> dy, Vector<R> x)
+                        SYNCBN_LAMBDA { return dy * scale + ((x - shift) * slope + offset); };
+      int64_t j = 0;
+      for (; j + 2 * w <= length; j += 2 * w) {
+        const Pair<R> gradient = load_pair(g + j), value = load_pair(p + j);
+        store_pair(to + j, Pair<R>{result(gradient.a, value.a), result(gradient.b, value.b)});
+      }
+      if (j + w < length) {
+        store(to + j, result(load(g + j), load(p + j)));
+        j += w;
+      }
+      const int64_t n = length - j;
+      if (n > 0 && length >= w)
+        store(to + length - w, result(load(g + length - w), load(p + length - w)));
+      else if (n > 0)
+        store_some(to + j, n, result(load_some(g + j, n), load_some(p + j, n)));
     }
-    if (j + w < length) {
-      store(to + j, result(load(g + j), load(p + j)));
-      j += w;
-    }
-    const int64_t n = length - j;
-    if (n > 0 && length >= w)
-      store(to + length - w, result(load(g + length - w), load(p + length - w)));
-    else if (n > 0)
-      store_some(to + j, n, result(load_some(g + j, n), load_some(p + j, n)));
   });
 }
