@@ -35,7 +35,7 @@ ROOMS = {
     "tensors": ({"layout", "operators", "transforms"}, {"storages"}, {"recomputation"}),
     "numerics": ({"moments"}, {"reproducible"}),
     "step": (
-        {"checks", "collectives", "masked", "mode"},
+        {"checks", "collectives", "identity", "masked", "mode"},
         {"derivatives", "records", "tracking"},
         {"exchange", "transformed"},
         {"function"},

@@ -12,8 +12,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..comm import LOCAL, Unplaced, default_group, resolve
 from ..kernels import Affine, Running
-from ..step.checks import check_input, check_options, check_shape, checked_dtype
+from ..step.checks import check_dims, check_input, check_options, check_shape, checked_dtype
 from ..step.dispatch import normalise
+from ..step.identity import take_number
 from ..step.masked import resolve_mask
 from ..step.records import Options
 from ..step.tracking import skip_nonfinite, skips_nonfinite
@@ -71,6 +72,7 @@ class SyncBatchNorm(_BatchNorm):
     reproducible: bool = False
     skip_nonfinite = property(skips_nonfinite, skip_nonfinite)
     _bn_momentum_patched = True  # pytorch-pfn-extras' checkpoint asks: one move is one move here
+    _identity: int | str  # see step/identity.py
     _mask_sources = cast(tuple[tuple[list[str], Any], ...], ())  # masking()'s, from the outermost
     _shapes: str = "(N, C, *)"
     _dims: tuple[int, ...] = ()
@@ -107,6 +109,7 @@ class SyncBatchNorm(_BatchNorm):
     ) -> None:
         resolve(process_group)
         self.process_group = process_group
+        take_number(self)
         if not bias:  # not passed on: torch before 2.13 does not know it
             self.register_parameter("bias", None)
         self.reproducible = reproducible
@@ -132,7 +135,7 @@ class SyncBatchNorm(_BatchNorm):
             mean = var = counter = None
         affine, running = Affine(weight, bias), Running(mean, var, counter, self.momentum)
         group = self.process_group if self.training else LOCAL
-        options = Options(training, self.eps, group, self.reproducible)
+        options = Options(training, self.eps, group, self.reproducible, self)
         skipped = self._buffers.get("num_batches_skipped")
         return normalise(input, affine, running, options, mask, skipped)
 
@@ -182,13 +185,8 @@ class SyncBatchNorm(_BatchNorm):
     def _check_input_dim(self, input: Tensor) -> None:
         if not isinstance(input, Tensor):
             check_input(input)
-        if self._dims and input.dim() not in self._dims:
-            expected = " or ".join(f"{dim}D" for dim in self._dims)
-            raise ValueError(
-                f"{type(self).__name__}: expected {expected} input (got {input.dim()}D input) of "
-                f"shape {self._shapes}, got shape {tuple(input.shape)}; syncbn.SyncBatchNorm takes "
-                "any number of dimensions from two"
-            )
+        if self._dims:
+            check_dims(type(self).__name__, self._dims, self._shapes, input)
 
     def __prepare_scriptable__(self) -> NoReturn:
         raise TypeError(
@@ -202,19 +200,20 @@ class SyncBatchNorm(_BatchNorm):
         return replica
 
     def _state(self) -> dict[str, Any]:
-        """What copies take over: masks belong to a context around this layer."""
-        return {name: value for name, value in vars(self).items() if name != "_mask_sources"}
+        """What copies take over: masks belong to a context around this layer, a number to it."""
+        own = {"_mask_sources": tuple, "_identity": int}
+        return {k: v for k, v in vars(self).items() if k not in own or not isinstance(v, own[k])}
 
     def __copy__(self) -> Self:
         new = type(self).__new__(type(self))
-        new.__dict__.update(self._state())
+        new.__setstate__(self._state())
         return new
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         new = type(self).__new__(type(self))
         memo[id(self)] = new
         memo[id(self.process_group)] = self.process_group  # a group belongs to the process
-        new.__dict__.update(copy.deepcopy(self._state(), memo))
+        new.__setstate__(copy.deepcopy(self._state(), memo))
         return new
 
     def __getstate__(self) -> dict[str, Any]:
@@ -227,6 +226,10 @@ class SyncBatchNorm(_BatchNorm):
                 stacklevel=2,
             )
         return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        take_number(self)
 
 
 class SyncBatchNorm1d(SyncBatchNorm, nn.BatchNorm1d):

@@ -16,9 +16,10 @@ from torch.nn.modules.lazy import LazyModuleMixin
 from ..batches.empty import own_forward, unwatch_copy
 from ..comm import resolve, subgroups
 from ..layers.modules import SyncBatchNorm
+from ..step.identity import take_name
 from .data_parallel import DataParallel
 from .graphs import compiled_batch_norms
-from .names import names_of_modules
+from .names import described, names_of_modules
 from .quantisation import without_observers
 from .registry import Origin, default_origin, is_candidate, target_of
 
@@ -121,10 +122,11 @@ def convert_layers(
         if not isinstance(layer, SyncBatchNorm):
             target = target_of(type(layer))
             if target is None or own_forward(layer) is not None:
-                left_alone.append(_described(name, layer))
+                left_alone.append(described(name, layer))
                 continue
             origin = Origin(type(layer), target, getattr(layer, "process_group", None))
             _become(layer, target, _origin=origin)
+        take_name(layer, name)
         if process_group is not None or group_size is not None:
             layer.process_group = process_group
         if reproducible is not None:
@@ -178,14 +180,14 @@ def revert(module: ModuleT) -> ModuleT:
         origin = vars(layer).get("_origin") or default_origin(type(layer))
         ours = origin and type(layer) in (origin.target, _materialised(origin.target))
         if origin is None or not ours or own_forward(layer) is not None:
-            left_alone.append(_described(name, layer))
+            left_alone.append(described(name, layer))
             continue
         if "_origin" not in vars(layer):
             _narrow_statistics(layer)
         lazy = isinstance(layer, LazyModuleMixin)
         source = origin.source if lazy else _materialised(origin.source)
         layer.skip_nonfinite = False
-        for attribute in ("_origin", "process_group", "reproducible", "_mask_sources"):
+        for attribute in ("_origin", "_identity", "process_group", "reproducible", "_mask_sources"):
             vars(layer).pop(attribute, None)
         if issubclass(source, nn.SyncBatchNorm):
             layer.process_group = origin.process_group
@@ -242,8 +244,3 @@ def _become(layer: nn.Module, cls: type[nn.Module], **attributes: Any) -> None:
 def _check_module(operation: str, module: object) -> None:
     if not isinstance(module, nn.Module):
         raise TypeError(f"{operation}: expected a torch.nn.Module, got {type(module).__name__}")
-
-
-def _described(name: str, layer: nn.Module) -> str:
-    cls = type(layer)
-    return f"{name or 'the module itself'} ({cls.__module__}.{cls.__qualname__})"

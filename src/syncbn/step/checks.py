@@ -101,6 +101,17 @@ def check_input(input: Tensor) -> None:
         check_held({"input": input})
 
 
+def check_dims(layer: str, dims: Sequence[int], shapes: str, input: Tensor) -> None:
+    """Refuse an input of another number of dimensions than the layer's class takes."""
+    if input.dim() in dims:
+        return
+    expected = " or ".join(f"{dim}D" for dim in dims)
+    raise ValueError(
+        f"{layer}: expected {expected} input (got {input.dim()}D input) of shape {shapes}, got "
+        f"shape {tuple(input.shape)}; syncbn.SyncBatchNorm takes any number of dimensions from two"
+    )
+
+
 def check_shape(name: str, shape: tuple[int, ...], input: Tensor) -> None:
     """Refuse a shape that isn't (C,) for input (N, C, *)."""
     if shape != input.shape[1:2]:

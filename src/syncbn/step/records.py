@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import torch.nn as nn
 from torch import Tensor
 
 from ..comm import Communicator
@@ -12,12 +13,13 @@ from .mode import Mode
 
 
 class Options(NamedTuple):
-    """What a layer is told, beside its tensors."""
+    """What a layer is told, beside its tensors. layer: itself, where there is one."""
 
     training: bool
     eps: float
     group: Any = None
     reproducible: bool = False
+    layer: nn.Module | None = None
 
 
 class Call(NamedTuple):

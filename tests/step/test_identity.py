@@ -1,0 +1,100 @@
+"""Which layer a call is of: names where convert() met it, else class and number."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+import torch.nn as nn
+
+import syncbn
+from syncbn.step.identity import identity_of
+
+
+def network():
+    return nn.Sequential(nn.BatchNorm1d(2), nn.ModuleDict({"norm": nn.BatchNorm2d(3)}))
+
+
+def numbers(*layers):
+    kinds, counted = zip(*(identity_of(layer).split() for layer in layers), strict=True)
+    assert kinds == tuple(type(layer).__name__ for layer in layers)
+    return [int(number) for number in counted]
+
+
+def test_convert_gives_names():
+    model = syncbn.convert(network())
+    assert identity_of(model[0]) == "0"
+    assert identity_of(model[1]["norm"]) == "1.norm"
+
+
+def test_a_later_convert_of_the_whole_gives_the_whole_name():
+    part = syncbn.convert(network())
+    model = syncbn.convert(nn.ModuleDict({"backbone": part}))
+    assert identity_of(part[0]) == "backbone.0"
+    assert identity_of(model.backbone[1]["norm"]) == "backbone.1.norm"
+
+
+def test_layers_without_a_name_are_numbered_as_they_are_made():
+    first, second = syncbn.SyncBatchNorm2d(3), syncbn.LazySyncBatchNorm1d()
+    alone = syncbn.convert(nn.BatchNorm1d(2))  # the model itself: no name
+    n, *others = numbers(first, second, alone)
+    assert others == [n + 1, n + 2]
+
+
+def test_copies_of_a_named_layer_keep_its_name():
+    layer = syncbn.convert(network())[0]
+    for other in copy.copy(layer), copy.deepcopy(layer), pickle.loads(pickle.dumps(layer)):
+        assert identity_of(other) == "0"
+
+
+def test_copies_of_a_numbered_layer_are_layers_of_their_own():
+    layer = syncbn.SyncBatchNorm1d(2)
+    copies = copy.copy(layer), copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))
+    n, *others = numbers(layer, *copies)
+    assert others == [n + 1, n + 2, n + 3]
+
+
+def test_replicas_are_the_layer():
+    layer = syncbn.SyncBatchNorm1d(2)
+    assert identity_of(layer._replicate_for_data_parallel()) == identity_of(layer)
+
+
+def test_revert_leaves_nothing():
+    model = syncbn.revert(syncbn.convert(network()))
+    assert vars(model[0]).keys() == vars(network()[0]).keys()
+
+
+class Gone(syncbn.comm.Communicator):
+    """Two ranks, of which the other one ends."""
+
+    rank, size = 0, 2
+
+    def __init__(self, gone):
+        self.gone = gone
+
+    def all_gather(self, tensor):
+        if self.gone == "all_gather":
+            raise RuntimeError("rank 1 is gone")
+        return tensor.expand(2, *tensor.shape).clone()
+
+    def all_reduce(self, tensor):
+        raise RuntimeError("rank 1 is gone")
+
+
+@pytest.mark.parametrize("reproducible", [False, True])
+@pytest.mark.parametrize("gone", ["all_gather", "all_reduce"])
+def test_errors_of_an_exchange_name_the_layer(gone, reproducible):
+    layer = syncbn.convert(network(), Gone(gone), reproducible=reproducible)[0]
+
+    def step():
+        y = layer(torch.randn(4, 2))
+        layer.process_group.gone = "all_gather"  # with which reproducible sums travel
+        y.sum().backward()
+
+    with pytest.raises(RuntimeError, match=r"^rank 1 is gone; in layer '0'$"):
+        step()
+
+
+def test_the_function_is_known_as_itself():
+    with pytest.raises(RuntimeError, match="in layer 'sync_batch_norm'"):
+        syncbn.sync_batch_norm(torch.randn(4, 2), None, None, group=Gone("all_gather"))
