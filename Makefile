@@ -21,8 +21,9 @@ $(READY): pyproject.toml constraints.txt setup.py $(wildcard csrc/*/*)
 demo: $(READY)
 	$(BIN)/syncbn demo
 
-# Two at a time, files whole: the tests of a file share the processes that are their ranks.
-PYTEST := -m pytest -n 2 --dist loadfile
+# Two at a time, files whole: the tests of a file share the processes that are their ranks. Files in
+# the order of tests/conftest.py, not those of most tests first.
+PYTEST := -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test: $(READY)
 	$(BIN)/python $(PYTEST)

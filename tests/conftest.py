@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 
 import hypothesis
@@ -17,6 +18,13 @@ common = {"deadline": None, "print_blob": True}
 hypothesis.settings.register_profile("quick", max_examples=200, derandomize=True, **common)
 hypothesis.settings.register_profile("thorough", max_examples=3000, **common)
 hypothesis.settings.load_profile("quick")
+
+
+@pytest.hookimpl(trylast=True)  # of what -m and -k have left
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files of few tests first: those are the long ones, and the last file has one worker."""
+    tests = Counter(item.path for item in items)
+    items.sort(key=lambda item: tests[item.path])
 
 
 @pytest.fixture(scope="session")
