@@ -6,12 +6,13 @@ from datetime import timedelta
 
 import pytest
 import torch
-from test_docs import BLOCK, ROOT
+from test_docs import BLOCK
 from torch.distributed import PrefixStore, TCPStore
 
 from support.cases import Case, check, step
 from support.contract import CHECKS, check_interleaved
 from support.mpijob import execute, needs_mpi
+from support.paths import ROOT
 
 (EXAMPLE,) = (
     text
