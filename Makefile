@@ -62,9 +62,15 @@ $(NATIVE)/test_%: tests/native/test_%.cpp $(wildcard tests/native/*.h) $(HEADERS
     $(NATIVE)/isa_baseline.o $(NATIVE)/isa_v3.o $(NATIVE)/isa_v4.o
 	$(CXX) $(SANITIZED) -Icsrc $< $(filter %.o,$^) -o $@
 
-test-native: $(NATIVE)/test_loops $(NATIVE)/test_samples
+# Under ThreadSanitizer, which excludes the others: threads stand for ranks.
+$(NATIVE)/test_exchange: tests/native/test_exchange.cpp csrc/exchange/shared_memory.h
+	@mkdir -p $(NATIVE)
+	$(CXX) -std=c++17 -O1 -g -pthread -fsanitize=thread -Icsrc $< -o $@
+
+test-native: $(NATIVE)/test_loops $(NATIVE)/test_samples $(NATIVE)/test_exchange
 	$(NATIVE)/test_loops
 	$(NATIVE)/test_samples
+	$(NATIVE)/test_exchange
 
 # With every compiler that is here, and for AArch64 in an emulator.
 test-compilers: $(READY)

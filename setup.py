@@ -26,7 +26,7 @@ from setuptools.command.build_ext import build_ext
 LIBRARY = "syncbn.libsyncbn"
 SOURCES = [
     *("csrc/loops/isa_baseline.cpp", "csrc/loops/isa_v3.cpp", "csrc/loops/isa_v4.cpp"),
-    "csrc/torch/register.cpp",
+    *("csrc/exchange/shared_memory.cpp", "csrc/torch/register.cpp"),
 ]
 FLAGS = [
     *("-std=c++17", "-O3", "-g0", "-fno-math-errno", "-fno-strict-aliasing", "-fvisibility=hidden"),

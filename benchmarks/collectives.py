@@ -1,4 +1,4 @@
-"""Time one layer's exchange over gloo: torch's collectives and this library's on few ranks.
+"""Time one layer's exchange: torch's collectives over gloo, this library's, and shared memory's.
 
     python benchmarks/collectives.py --ranks 2 --ranks 4 --numel 513
 
@@ -21,7 +21,7 @@ from layer import interleaved, join_gloo, summary
 from rich.console import Console
 from rich.table import Table
 
-from syncbn.comm import resolve
+from syncbn.comm import SharedMemory, resolve
 
 
 def run_rank(rank: int, ranks: int, numel: int, rounds: int, folder: str) -> None:
@@ -29,7 +29,7 @@ def run_rank(rank: int, ranks: int, numel: int, rounds: int, folder: str) -> Non
     join_gloo(rank, ranks, folder)
     tensor = torch.ones(numel, dtype=torch.float64)
 
-    comm = resolve(None)
+    comm, shared = resolve(None), SharedMemory()
 
     def torch_all_gather() -> None:
         dist.all_gather(list(tensor.new_empty(ranks, numel).unbind(0)), tensor)
@@ -42,6 +42,8 @@ def run_rank(rank: int, ranks: int, numel: int, rounds: int, folder: str) -> Non
         "syncbn all_gather": lambda: comm.all_gather(tensor),
         "torch all_reduce": torch_all_reduce,
         "syncbn all_reduce": lambda: comm.all_reduce(tensor),
+        "shared memory all_gather": lambda: shared.all_gather(tensor),
+        "shared memory all_reduce": lambda: shared.all_reduce(tensor),
     }
     times = interleaved(steps, rounds)
     if rank == 0:
@@ -64,7 +66,7 @@ def main(ranks: tuple[int, ...], numel: int, rounds: int, as_json: bool) -> None
     if as_json:
         json.dump(results, sys.stdout, indent=1)
         return
-    table = Table(title=f"{numel} float64 numbers over gloo, torch {torch.__version__}")
+    table = Table(title=f"{numel} float64 numbers, torch {torch.__version__}")
     for heading in ("ranks", "way", "µs", "±", "× all_reduce"):
         table.add_column(heading, justify="right")
     for count, rows in results.items():

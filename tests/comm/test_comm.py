@@ -33,6 +33,7 @@ WORLDS = {
     "process group": on_workers(3, lambda: ProcessGroup(dist.group.WORLD)),
     "two ranks": on_workers(2, lambda: resolve(None)),
     "many ranks": on_workers(3, lambda: Ring(dist.group.WORLD)),
+    "shared memory": on_workers(3, syncbn.comm.SharedMemory),
     "threads": lambda _, function: in_threads(3, function),
     "many threads": lambda _, function: in_threads(12, function),
     "mesh": on_workers(2, lambda: resolve(init_device_mesh("cpu", (dist.get_world_size(),)))),

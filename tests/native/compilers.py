@@ -88,7 +88,7 @@ def check_loops(compiler: str, loops: list[Path]) -> str:
     """The native tests; returns the reproducible sums' bits."""
     static, emulator = (["-static"], ["qemu-aarch64"]) if compiler == CROSS else ([], [])
     said = ""
-    for test in ("test_loops", "test_samples"):
+    for test in ("test_exchange", "test_loops", "test_samples"):
         program = WORK / compiler / test
         source = f"tests/native/{test}.cpp"
         run(compiler, *FLAGS, "-O1", *static, "-Icsrc", source, *loops, "-o", program)

@@ -172,7 +172,7 @@ def test_info_takes_torch_alone(imported):
 
 # From the top down: a folder of csrc/ includes from itself and from those after it. Only the first
 # may include torch: the others are tested without it.
-FOLDERS = ("torch", "steps", "plan", "loops")
+FOLDERS = ("torch", "steps", "plan", "loops", "exchange")
 
 
 def test_includes_point_one_way():

@@ -9,6 +9,7 @@ from .groups import subgroups
 from .mpi import MPI
 from .process_group import ProcessGroup, default_group, from_torch, refuse_join
 from .replicas import Replica, ReplicaGroup, Unplaced, current_replica
+from .shared_memory import SharedMemory
 from .threads import Threads, threads
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "ProcessGroup",
     "Replica",
     "ReplicaGroup",
+    "SharedMemory",
     "Threads",
     "Unplaced",
     "default_group",
@@ -30,7 +32,7 @@ __all__ = [
 
 LOCAL = Local()
 
-for _public in (Communicator, MPI, Threads, threads):
+for _public in (Communicator, MPI, SharedMemory, Threads, threads):
     _public.__module__ = __name__
 
 

@@ -12,6 +12,7 @@ import copy
 import itertools
 import threading
 import weakref
+from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
@@ -135,6 +136,14 @@ def _settings(group: dist.ProcessGroup) -> tuple[Any, timedelta | None]:
     if hasattr(options, "split_from"):  # what the group itself was split from
         options.split_from = None
     return options, timeout
+
+
+def timeout_of(group: dist.ProcessGroup) -> Callable[[], float]:
+    """Asks for the seconds that the group's messages may take, which may change."""
+    options = [getattr(each, "options", None) for each in _backends(group)]
+    known = next((each for each in options if hasattr(each, "_timeout")), None)
+    usual: timedelta = dist.default_pg_timeout
+    return lambda: (usual if known is None else known._timeout).total_seconds()
 
 
 def _free(clone: dist.ProcessGroup) -> None:

@@ -1,0 +1,148 @@
+// Messages among processes of one host, through memory that they share.
+//
+// Messages are numbered, the same on every rank. For each a rank copies what it sends into a slot
+// of its own, publishes the number, waits until all others have published it, and copies theirs.
+// Two slots per rank, in turn, are enough: who publishes number n has done with n - 1, so that all
+// have done with n - 2 when n - 1 has come from everybody, and its slot may be written again.
+#pragma once
+
+#include <sched.h>
+#include <time.h>
+
+#include <atomic>
+#include <cstdint>
+#include <cstring>
+
+#ifdef __linux__
+#include <linux/futex.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
+namespace syncbn::exchange {
+
+// What a rank tells the others beside its messages. The memory begins as zeros.
+struct alignas(128) Line {
+  std::atomic<uint32_t> published;  // the number of its last message, from 1, modulo 2^32
+  std::atomic<uint32_t> sleepers;   // who wait for the next one in the kernel
+  std::atomic<uint32_t> ended;      // it will send no more
+};
+static_assert(std::atomic<uint32_t>::is_always_lock_free, "processes share no lock");
+
+constexpr int64_t call_size = 128;  // bytes that describe a call, before its message in the slot
+
+struct Memory {
+  char* lines;  // one Line per rank, then two times one slot per rank
+  int64_t world;
+  int64_t capacity;  // of a slot, in bytes, beside the call
+
+  Line& line(int64_t rank) const { return reinterpret_cast<Line*>(lines)[rank]; }
+  char* slot(int64_t rank, uint32_t number) const {
+    const int64_t before = (number & 1) * world + rank;
+    return lines + world * int64_t(sizeof(Line)) + before * (call_size + capacity);
+  }
+};
+
+inline void relax() {
+#if defined(__x86_64__) || defined(__i386__)
+  __builtin_ia32_pause();
+#elif defined(__aarch64__)
+  asm volatile("yield");
+#endif
+}
+
+inline int64_t now() {
+  timespec t;
+  clock_gettime(CLOCK_MONOTONIC, &t);
+  return t.tv_sec * 1000000000LL + t.tv_nsec;
+}
+
+// Sleeps while the word has this value, for that long at most. May wake up early.
+inline void sleep_while(std::atomic<uint32_t>& word, uint32_t value, int64_t nanoseconds) {
+#ifdef __linux__
+  const timespec limit{time_t(nanoseconds / 1000000000), long(nanoseconds % 1000000000)};
+  syscall(SYS_futex, &word, FUTEX_WAIT, value, &limit, nullptr, 0);
+#else
+  const timespec pause{0, 20000};
+  nanosleep(&pause, nullptr);
+  (void)word, (void)value, (void)nanoseconds;
+#endif
+}
+
+inline void wake_all(std::atomic<uint32_t>& word) {
+#ifdef __linux__
+  syscall(SYS_futex, &word, FUTEX_WAKE, INT32_MAX, nullptr, nullptr, 0);
+#else
+  (void)word;
+#endif
+}
+
+inline bool has(const Line& line, uint32_t number) {
+  return int32_t(line.published.load(std::memory_order_acquire) - number) >= 0;
+}
+
+// How to wait: so many looks at the word, then so many turns that other processes may take, then
+// asleep. A look takes about 40 ns.
+struct Patience {
+  int64_t looks;
+  int64_t turns;
+  int64_t nanoseconds;  // in all
+};
+
+// Whether the message has come. False when the time is over or the rank has ended.
+inline bool wait(Line& line, uint32_t number, const Patience& patience) {
+  for (int64_t i = 0; i < patience.looks; ++i, relax())
+    if (has(line, number)) return true;
+  for (int64_t i = 0; i < patience.turns; ++i, sched_yield())
+    if (has(line, number)) return true;
+  const int64_t end = now() + patience.nanoseconds;
+  for (;;) {
+    line.sleepers.fetch_add(1);  // before the look, as publishing comes before the look at sleepers
+    const uint32_t seen = line.published.load();
+    const bool come = int32_t(seen - number) >= 0, ended = line.ended.load() != 0;
+    const int64_t left = end - now();
+    if (!come && !ended && left > 0) sleep_while(line.published, seen, left);
+    line.sleepers.fetch_sub(1);
+    if (has(line, number)) return true;
+    if (ended || left <= 0) return false;
+  }
+}
+
+// call: call_size bytes.
+inline void publish(const Memory& memory, int64_t rank, uint32_t number, const char* call,
+                    const char* sent, int64_t length) {
+  char* slot = memory.slot(rank, number);
+  std::memcpy(slot, call, call_size);
+  if (length > 0) std::memcpy(slot + call_size, sent, size_t(length));
+  Line& line = memory.line(rank);
+  line.published.store(number);
+  if (line.sleepers.load() != 0) wake_all(line.published);
+}
+
+inline void end(const Memory& memory, int64_t rank) {
+  Line& line = memory.line(rank);
+  line.ended.store(1);
+  wake_all(line.published);
+}
+
+// Of all ranks' messages the parts of `length` bytes, `stride` apart, once all have come and if all
+// describe the call alike. Returns world; -1 where the calls differ; or a rank whose message has
+// not come, or that ended after it, so that the others need not begin what it has given up. Those
+// before `from` are known to have sent theirs.
+inline int64_t receive(const Memory& memory, int64_t rank, uint32_t number, char* received,
+                       int64_t stride, int64_t length, int64_t from, const Patience& patience) {
+  for (int64_t other = from; other < memory.world; ++other)
+    if (!wait(memory.line(other), number, patience)) return other;
+  const char* own = memory.slot(rank, number);
+  for (int64_t other = 0; other < memory.world; ++other)
+    if (std::memcmp(memory.slot(other, number), own, call_size) != 0) return -1;
+  for (int64_t other = 0; other < memory.world; ++other)
+    if (memory.line(other).ended.load() != 0) return other;
+  if (length > 0)
+    for (int64_t other = 0; other < memory.world; ++other)
+      std::memcpy(received + other * stride, memory.slot(other, number) + call_size,
+                  size_t(length));
+  return memory.world;
+}
+
+}  // namespace syncbn::exchange

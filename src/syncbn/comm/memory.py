@@ -1,0 +1,165 @@
+"""The memory of comm/shared_memory.py: who makes it, who may map it, and what lies in it.
+
+It is a file without a name (memfd), which the others open through the process that made it: so it
+needs no room in /dev/shm, belongs to nobody else, and is gone with the last process, however that
+ends. Each rank holds a lock on one byte of it, which the system takes from it when it ends.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import mmap
+import os
+import sys
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from .._version import __version__
+
+LIBRARY = Path(__file__).parents[1] / "libsyncbn.so"
+CALL = 128  # bytes that describe a call, as in csrc/exchange
+_CAPACITY = 1 << 18  # bytes of a message's part: a layer of 4,096 channels sends a quarter
+_PAGE = 4096  # at the beginning: what the others compare before they use the rest
+
+
+class Unmappable(Exception):
+    """Why ranks share no memory, in words that go on after "on rank 1"."""
+
+
+class Memory:
+    """What one rank sees of it."""
+
+    capacity = _CAPACITY
+
+    def __init__(self, file: int, rank: int, size: int) -> None:
+        self._library = _library()
+        self._file = file
+        self._map = mmap.mmap(file, _PAGE + _bytes(size))
+        self._anchor = ctypes.c_char.from_buffer(self._map)
+        self._where = ctypes.addressof(self._anchor) + _PAGE, size, _CAPACITY
+        self._rank = rank
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, rank)
+
+    def publish(self, number: int, call: bytes, address: int, length: int) -> None:
+        where = *self._where, self._rank
+        self._library.syncbn_exchange_publish(*where, number, call, address, length)
+
+    def receive(
+        self,
+        number: int,
+        address: int,
+        stride: int,
+        length: int,
+        first: int,
+        looks: int,
+        turns: int,
+        seconds: float,
+    ) -> int:
+        """See receive() in csrc/exchange/shared_memory.h."""
+        message = *self._where, self._rank, number, address, stride, length, first
+        found: int = self._library.syncbn_exchange_receive(
+            *message, looks, turns, int(seconds * 1e9)
+        )
+        return found
+
+    def call(self, rank: int, number: int) -> str:
+        """How a rank described the call that this message belongs to."""
+        text = ctypes.create_string_buffer(CALL)
+        self._library.syncbn_exchange_call(*self._where, rank, number, text)
+        return text.raw.rstrip(b"\0").decode(errors="replace")
+
+    def end(self) -> None:
+        """Tell the others that nothing more will come."""
+        self._library.syncbn_exchange_end(*self._where, self._rank)
+
+    def has_ended(self, rank: int) -> bool:
+        """Whether a rank said so, or its process has ended."""
+        if self._library.syncbn_exchange_ended(*self._where, rank):
+            return True
+        if rank == self._rank:
+            return False
+        try:
+            fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, rank)
+        except OSError:
+            return False
+        fcntl.lockf(self._file, fcntl.LOCK_UN, 1, rank)
+        return True
+
+    def __del__(self) -> None:
+        file, self._file = getattr(self, "_file", -1), -1
+        if file >= 0:
+            os.close(file)
+
+
+def unavailable() -> str | None:
+    """Why no memory can be shared here; None where it can."""
+    if sys.platform != "linux" or not hasattr(os, "memfd_create"):
+        return f"the system is {sys.platform}, and only Linux has what it takes"
+    if not LIBRARY.exists():
+        return f"{LIBRARY.name} was not built with this installation"
+    return None
+
+
+def create(size: int) -> tuple[Memory, str]:
+    """Memory for so many ranks, as rank 0 sees it; and where the others find it."""
+    whole = _PAGE + _bytes(size)
+    try:
+        file = os.memfd_create("syncbn", os.MFD_CLOEXEC)
+        os.posix_fallocate(file, 0, whole)  # an error now where memory is short, no crash later
+    except OSError as error:
+        raise Unmappable(f"{whole} bytes of memory could not be had ({error})") from error
+    token = os.urandom(16).hex()
+    os.pwrite(file, _title(token).encode(), 0)
+    return Memory(file, 0, size), f"{os.getpid()} {file} {token}"
+
+
+def open_of(place: str, rank: int, size: int) -> Memory:
+    """The memory that rank 0 made, as another rank sees it."""
+    process, number, token = place.split()
+    path = f"/proc/{process}/fd/{number}"
+    try:
+        file = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    except OSError as error:
+        raise Unmappable(
+            f"the memory of rank 0 could not be opened ({error}): it is a process of another host, "
+            "container or user"
+        ) from error
+    found = os.pread(file, _PAGE, 0).rstrip(b"\0").decode(errors="replace")
+    if found == _title(token):
+        return Memory(file, rank, size)
+    os.close(file)
+    reason = "the memory found is not rank 0's, which is on another host or in another container"
+    if found.startswith("syncbn ") and found.endswith(token):
+        theirs = found.split()[1]
+        reason = f"syncbn is of version {__version__}, and of version {theirs} on rank 0"
+    raise Unmappable(reason)
+
+
+def _title(token: str) -> str:
+    return f"syncbn {__version__} {token}"
+
+
+def _bytes(size: int) -> int:
+    found: int = _library().syncbn_exchange_size(size, _CAPACITY)
+    return found
+
+
+@cache
+def _library() -> Any:
+    """The functions of csrc/exchange/shared_memory.cpp, during which other threads may run."""
+    library = ctypes.CDLL(str(LIBRARY))
+    int64, uint32, address = ctypes.c_int64, ctypes.c_uint32, ctypes.c_void_p
+    where = [address, int64, int64]
+    for name, arguments, result in (
+        ("size", [int64, int64], int64),
+        ("publish", [*where, int64, uint32, ctypes.c_char_p, address, int64], int64),
+        ("receive", [*where, int64, uint32, address, *[int64] * 6], int64),
+        ("call", [*where, int64, uint32, ctypes.c_char_p], None),
+        ("end", [*where, int64], None),
+        ("ended", [*where, int64], int64),
+    ):
+        function = getattr(library, f"syncbn_exchange_{name}")
+        function.argtypes, function.restype = arguments, result
+    return library
