@@ -5,7 +5,7 @@ READY := .venv/.ready
 
 WHEEL := build/wheel
 
-.PHONY: setup demo test test-all test-composite test-native test-compilers test-aarch64 test-wheel coverage lint format bench-toy clean
+.PHONY: setup demo test test-all test-composite test-native test-compilers test-aarch64 test-wheel coverage mutants lint format bench-toy clean
 
 setup: $(READY)
 
@@ -98,6 +98,12 @@ coverage: $(READY)
 	$(BIN)/python -m coverage run $(PYTEST) $(TESTS)
 	$(BIN)/python -m coverage combine -q
 	$(BIN)/python -m coverage report
+
+# A mutation run: N small faults, one at a time, each of which a test must notice; N=0: all. An hour.
+N ?= 200
+SEED ?= 0
+mutants: $(READY)
+	PYTHONPATH=tests $(BIN)/python -m mutation --number $(N) --seed $(SEED)
 
 CXX_FILES := $(wildcard csrc/*/*.h csrc/*/*.cpp tests/native/*.h tests/native/*.cpp)
 

@@ -10,6 +10,7 @@ import pickle
 import runpy
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from unittest import mock
 
 import pytest
@@ -109,6 +110,34 @@ def test_messages_never_meet_the_callers(mpi_ranks):
         return gathered.flatten().tolist(), received
 
     assert mpi_ranks(2, crowded) == [([0.0, 1.0], bytes([100] * 8 + [101] * 8))] * 2
+
+
+def test_memory_is_kept_until_mpi_is_done_with_it(mpi_ranks):
+    """Where a wait is interrupted MPI may yet write to it; afterwards nothing is kept."""
+
+    def run(rank):
+        comm, kept = Tree(), []
+        wait = comm._wait
+        comm._wait = lambda *arguments: (kept.append(comm._in_flight), wait(*arguments))
+        comm.all_reduce(torch.ones(2))
+        comm.all_gather(torch.ones(2))
+        return [len(memory) for memory in kept], comm._in_flight
+
+    assert mpi_ranks(2, run) == [([2, 1, 1, 2, 2], ())] * 2
+
+
+def test_threads_in_turns_where_mpi_is_told_of_them(mpi_ranks):
+    """At the thread level SERIALIZED, the lowest of those at which any thread may call."""
+
+    def run(rank):
+        from mpi4py import MPI as engine
+
+        with mock.patch.object(engine, "Query_thread", return_value=engine.THREAD_SERIALIZED):
+            comm = MPI()
+        with ThreadPoolExecutor(1) as pool:
+            return pool.submit(comm.all_reduce, torch.ones(1)).result().item()
+
+    assert mpi_ranks(2, run) == [2, 2]
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])

@@ -6,6 +6,7 @@ import datetime
 import gc
 import threading
 import weakref
+from types import SimpleNamespace
 from unittest import mock
 
 import pytest
@@ -207,12 +208,26 @@ def test_a_timeout_that_is_changed_later(ranks):
     assert ranks(2, run) == [[1800, 43, 43, 44]] * 2
 
 
+def test_what_a_group_was_split_from_is_not_the_clones():
+    """NCCL's options tell it; the parent's own stay as they are."""
+    options = SimpleNamespace(split_from="a parent", _timeout=datetime.timedelta(seconds=5))
+    backend = SimpleNamespace(options=options)
+    group = SimpleNamespace(
+        _device_types=[torch.device("cuda")], _get_backend=lambda device: backend
+    )
+    copied, timeout = groups._settings(group)
+    assert (copied.split_from, timeout.seconds) == (None, 5)
+    assert options.split_from == "a parent"
+
+
 def test_sub_groups_of_group_size_are_ours_already(ranks):
     def run(rank):
         model = syncbn.convert(nn.BatchNorm1d(2), group_size=2)
         before = len(dist.distributed_c10d._world.pg_map)
         model(torch.randn(2, 2))
         assert private(model.process_group) is model.process_group
+        again = syncbn.convert(nn.BatchNorm1d(2), group_size=2)
+        assert again.process_group is model.process_group
         return len(dist.distributed_c10d._world.pg_map) - before
 
     assert ranks(4, run) == [0] * 4

@@ -144,6 +144,14 @@ def test_running_statistics_move_in_their_own_dtype(implementation):
         )
 
 
+def test_the_usual_momentum_is_torchs(implementation):
+    x, theirs = torch.randn(6, 3, 5), torch.nn.BatchNorm1d(3)
+    theirs(x)
+    running = Running(torch.zeros(3), torch.ones(3))
+    implementation.normalise(x, implementation.measure(x).unsqueeze(0), running=running, eps=1e-5)
+    torch.testing.assert_close(running[:2], (theirs.running_mean, theirs.running_var))
+
+
 def test_running_statistics_stay_when_every_set_is_empty(implementation):
     x = torch.empty(0, 3, 4)
     mean, var = torch.full((3,), 0.5), torch.full((3,), 2.0)

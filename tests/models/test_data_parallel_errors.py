@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import threading
+import time
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 import syncbn
 from support.replicas import CPUS, images, nested
-from syncbn.comm import LOCAL, ReplicaGroup
+from syncbn.comm import LOCAL, Replica, ReplicaGroup
 
 
 class Custom(Exception):
@@ -171,6 +172,26 @@ def test_an_interrupt_leaves_no_replica_waiting():
     assert run(lambda self, number, x: self.one(x)).shape == (3, 2)
 
 
+def test_what_replicas_do_as_they_end_is_done_before_the_caller_goes_on():
+    """None of them keeps a process alive that ends meanwhile."""
+    ended = []
+
+    def waiting():
+        try:
+            Replica(group, 0).all_reduce(torch.ones(1))
+        finally:
+            time.sleep(0.2)
+            ended.append(threading.current_thread().daemon)
+
+    def failing():
+        raise Custom
+
+    group = ReplicaGroup(["a", "b"], in_turns=True)
+    with pytest.raises(Custom):
+        group.run([waiting, failing])
+    assert ended == [True]
+
+
 def test_replicas_at_once_as_on_several_devices():
     """Not in turns: as many threads run as there are replicas."""
     barrier = threading.Barrier(3, timeout=20)
@@ -186,8 +207,6 @@ def test_replicas_at_once_as_on_several_devices():
         return function
 
     def replica(rank):
-        from syncbn.comm import Replica
-
         return Replica(group, rank)
 
     group = ReplicaGroup(["a", "b", "c"], in_turns=False)

@@ -209,6 +209,17 @@ def test_children_of_any_name():
     assert wrapper(torch.ones(4, 2)).shape == (4, 2)
 
 
+def test_join_is_refused_where_ranks_would_wait_for_ever(ranks):
+    def run(rank):
+        model = DistributedDataParallel(replicated(2))
+        with pytest.raises(RuntimeError) as caught, model.join():
+            model(images(4))
+        return str(caught.value)
+
+    for text in ranks(2, run):
+        assert "join() around a synchronised layer" in text
+
+
 def test_a_single_value_is_refused_on_every_rank(ranks):
     def refused(rank):
         model = syncbn.DataParallel(syncbn.SyncBatchNorm1d(2), ["cpu"] * 2)

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from unittest import mock
+
 import pytest
 import torch
 from torch.func import functional_call
+from torch.nn.parallel import DistributedDataParallel
 
 import syncbn
 from support.in_threads import in_threads
@@ -124,6 +128,22 @@ def test_in_a_replica_is_refused():
 
     with pytest.raises(RuntimeError, match=r"no transform of torch\.func and no forward-mode"):
         syncbn.DataParallel(Inside(), CPUS)(torch.randn(*SHAPE))
+
+
+def test_join_is_refused_where_ranks_would_wait_for_ever(ranks):
+    """While DistributedDataParallel is in it; its own forward knows no transform."""
+    config = SimpleNamespace(enable=True, throw_on_early_termination=False)
+    ddp = SimpleNamespace(_join_config=config)
+
+    def run(rank):
+        layer = syncbn.SyncBatchNorm(2, track_running_stats=False)
+        with (
+            mock.patch.object(DistributedDataParallel, "_active_ddp_module", ddp),
+            pytest.raises(RuntimeError, match=r"join\(\) around a synchronised layer"),
+        ):
+            torch.func.grad(lambda x: layer(x).sum())(torch.randn(3, 2))
+
+    ranks(2, run)
 
 
 def test_forward_mode_among_threads_is_refused():

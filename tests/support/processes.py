@@ -11,22 +11,21 @@ from contextlib import contextmanager
 from multiprocessing import forkserver
 from unittest import mock
 
+PRELOADED = [
+    "cloudpickle",
+    "hypothesis",
+    "pytest",
+    "syncbn",
+    "torch._dynamo.testing",
+    "torch._dynamo.repro.after_aot",
+    "torch._functorch.aot_autograd",
+    "torch._inductor.compile_fx",
+    "torch.distributed.checkpoint",
+    "torch.distributed.fsdp",
+    "torch.distributed.nn",
+]
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(
-    [
-        "cloudpickle",
-        "hypothesis",
-        "pytest",
-        "syncbn",
-        "torch._dynamo.testing",
-        "torch._dynamo.repro.after_aot",
-        "torch._functorch.aot_autograd",
-        "torch._inductor.compile_fx",
-        "torch.distributed.checkpoint",
-        "torch.distributed.fsdp",
-        "torch.distributed.nn",
-    ]
-)
+CONTEXT.set_forkserver_preload(PRELOADED)
 
 
 @contextmanager

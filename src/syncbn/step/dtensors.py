@@ -38,7 +38,7 @@ def check_group_of_dtensor(input: Any, comm: Communicator) -> None:
         return
     ranks = set(input.device_mesh.mesh.flatten().tolist())
     inside = comm.size <= len(ranks)
-    if inside and isinstance(comm, ProcessGroup):
+    if isinstance(comm, ProcessGroup):
         inside = ranks.issuperset(dist.get_process_group_ranks(comm.group))
     if not inside:
         raise ValueError(
