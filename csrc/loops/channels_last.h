@@ -126,7 +126,6 @@ template <class T>
 void normalise_rows(const View& x, const View& y, const Tile& t, const Coefficients& k) {
   using R = Real<T>;
   const int64_t begin = t.channel_begin, channels = t.channels();
-  const int64_t x_stride = x.inner_stride, y_stride = y.inner_stride;
   const Ordered<T> shifts(k.shifts<R>() + begin, channels), scales(k.scales<R>() + begin, channels),
       offsets(k.offsets<R>() + begin, channels);
   for_row_blocks(x, t, t.positions(), [&](int64_t o, int64_t i, int64_t rows) SYNCBN_LAMBDA {
@@ -139,11 +138,11 @@ void normalise_rows(const View& x, const View& y, const Tile& t, const Coefficie
               offset = offsets.at(group, c, n);
 #pragma GCC unroll 4
       for (int64_t q = r; q < r + some.value; ++q) {
-        G v = G::elements(from + q * x_stride + c, n);
+        G v = G::elements(from + q * x.inner_stride + c, n);
 #pragma GCC unroll 4
         for (unsigned j = 0; j < sizeof(G) / sizeof(G::v[0]); ++j)
           v.v[j] = (v.v[j] - shift.v[j]) * scale.v[j] + offset.v[j];
-        v.to_elements(to + q * y_stride + c, n);
+        v.to_elements(to + q * y.inner_stride + c, n);
       }
     });
   });
@@ -183,7 +182,6 @@ void input_gradient_rows(const View& dy, const View& x, const View& dx, const Ti
                          const Coefficients& k) {
   using R = Real<T>;
   const int64_t begin = t.channel_begin, channels = t.channels();
-  const int64_t dy_stride = dy.inner_stride, x_stride = x.inner_stride, dx_stride = dx.inner_stride;
   const Ordered<T> shifts(k.shifts<R>() + begin, channels), scales(k.scales<R>() + begin, channels),
       slopes(k.slopes<R>() + begin, channels), offsets(k.offsets<R>() + begin, channels);
   for_row_blocks(x, t, t.positions(), [&](int64_t o, int64_t i, int64_t rows) SYNCBN_LAMBDA {
@@ -196,12 +194,12 @@ void input_gradient_rows(const View& dy, const View& x, const View& dx, const Ti
               slope = slopes.at(group, c, n), offset = offsets.at(group, c, n);
 #pragma GCC unroll 4
       for (int64_t q = r; q < r + some.value; ++q) {
-        G g = G::elements(gradient + q * dy_stride + c, n);
-        const G v = G::elements(value + q * x_stride + c, n);
+        G g = G::elements(gradient + q * dy.inner_stride + c, n);
+        const G v = G::elements(value + q * x.inner_stride + c, n);
 #pragma GCC unroll 4
         for (unsigned j = 0; j < sizeof(G) / sizeof(G::v[0]); ++j)
           g.v[j] = g.v[j] * scale.v[j] + ((v.v[j] - shift.v[j]) * slope.v[j] + offset.v[j]);
-        g.to_elements(to + q * dx_stride + c, n);
+        g.to_elements(to + q * dx.inner_stride + c, n);
       }
     });
   });
