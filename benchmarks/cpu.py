@@ -2,7 +2,7 @@
 
 \b
     python benchmarks/cpu.py layers --picture speed.png   # one process: forward, backward
-    python benchmarks/cpu.py ranks                        # over gloo: against parts, naive
+    python benchmarks/cpu.py ranks                        # over gloo, through shared memory
     python benchmarks/cpu.py model                        # ResNet-50 under DDP (transformers)
     python benchmarks/cpu.py accuracy
 
@@ -10,7 +10,8 @@ What is compared runs in turn in the same processes, round after round. Figures 
 rounds (of rank 0) ± half the distance between the quartiles, and ratios are the median of the
 rounds' own ratios, which holds when the machine's speed drifts. Outputs are freshly allocated. One
 "copy" is the median time of y.copy_(x) on a tensor like the input, y reused, in the same rounds.
-"Parts" are a layer of one process alone, an all_gather and an all_reduce as large as the layer's.
+"Parts" are a layer of one process alone, an all_gather and an all_reduce as large as the layer's;
+"local" is that layer, "torch" torch's own, which synchronises nothing, "shared" shared memory.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ SMALL = ((32, 256), (256, 64), (16, 128, 500), (1, 16, 256, 256), (1, 3, 512, 51
 PASSES = ("forward", "backward")
 TITLES = {
     "layers": "One layer in training mode, one process",
-    "ranks": "A synchronised layer over gloo, forward + backward",
+    "ranks": "A synchronised layer over gloo and through shared memory, forward + backward",
     "model": "A DDP training step of ResNet-50, syncbn against torch.nn.BatchNorm2d",
     "accuracy": "Output of BatchNorm2d(affine=False) over mean/std of its input",
 }
@@ -125,8 +126,8 @@ def middle(times: list[float], scale: float = 1) -> tuple[float, ...]:
 
 
 def rank_rows(rank: int, rounds: int, quick: bool) -> list[dict[str, Any]]:
-    """A synchronised layer against its parts, the naive one; forward and backward."""
-    rows = []
+    """A synchronised layer against its parts, the naive one, and none; forward and backward."""
+    rows, shared = [], syncbn.comm.SharedMemory()
     for shape in [(2, 3, 4, 5), (4, 3)] if quick else [*SHAPES, FEATURES]:
         x, dy, channels = torch.randn(shape), torch.randn(shape), shape[1]
         moments, sums = (torch.zeros(2 * channels + n, dtype=torch.float64) for n in (2, 0))
@@ -135,6 +136,8 @@ def rank_rows(rank: int, rounds: int, quick: bool) -> list[dict[str, Any]]:
             "reproducible": syncbn.SyncBatchNorm(channels, reproducible=True),
             "naive": NaiveSyncBatchNorm(channels),
             "local": syncbn.SyncBatchNorm(channels, process_group=syncbn.comm.LOCAL),
+            "shared": syncbn.SyncBatchNorm(channels, process_group=shared),
+            "torch": (nn.BatchNorm2d if len(shape) == 4 else nn.BatchNorm1d)(channels),
         }
         steps = {name: step(layer, x, dy, "fwd+bwd") for name, layer in layers.items()}
 
@@ -145,10 +148,13 @@ def rank_rows(rank: int, rounds: int, quick: bool) -> list[dict[str, Any]]:
             dist.all_reduce(sums)
 
         times = interleaved(steps | {"parts": parts}, rounds)
-        row = {"shape": shape} | {f"{name}_ms": middle(values) for name, values in times.items()}
+        shown = ("syncbn", "shared", "torch")
+        row = {"shape": shape} | {f"{name}_ms": middle(times[name]) for name in shown}
         row["over_parts"] = summary(times["syncbn"], times["parts"])[2]
         for name in ("naive", "reproducible"):
             row[f"{name}_over_syncbn"] = summary(times[name], times["syncbn"])[2]
+        for name in ("local", "torch"):
+            row[f"shared_over_{name}"] = summary(times["shared"], times[name])[2]
         rows.append(row)
     return rows
 
@@ -161,13 +167,16 @@ def model_rows(rank: int, rounds: int, quick: bool) -> list[dict[str, Any]]:
     torch.manual_seed(0)
     plain = ResNetForImageClassification(ResNetConfig(**toy) if quick else ResNetConfig()).train()
     models = {"syncbn": syncbn.convert(copy.deepcopy(plain)), "torch": plain}
+    models["shared"] = syncbn.convert(copy.deepcopy(plain), syncbn.comm.SharedMemory())
     torch.manual_seed(rank + 1)
     images = torch.randn(2, 3, *(32, 32) if quick else (224, 224))
     labels = torch.randint(2, (2,))
     steps = {name: training_step(model, images, labels) for name, model in models.items()}
     times = interleaved(steps, rounds)
     row = {f"{name}_ms": middle(values) for name, values in times.items()}
-    return [{"images": images.shape} | row | {"ratio": summary(times["syncbn"], times["torch"])[2]}]
+    for name in ("syncbn", "shared"):
+        row[f"{name}_over_torch"] = summary(times[name], times["torch"])[2]
+    return [{"images": images.shape} | row]
 
 
 def training_step(model: nn.Module, images: Tensor, labels: Tensor) -> Callable[[], None]:

@@ -125,7 +125,7 @@ def report(title: str, what: str, rows: list[dict[str, Any]], as_json: bool) -> 
         return
     table = Table(title=title, caption=environment(what))
     for key in rows[0]:
-        heading = key.replace("_us", " µs").replace("_", " ")
+        heading = key.replace("_us", " µs").replace("_over_", " / ").replace("_", " ")
         table.add_column(heading, justify="right", no_wrap=True)
     for row in rows:
         table.add_row(*map(shown, row.values()))
