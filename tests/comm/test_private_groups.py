@@ -208,16 +208,34 @@ def test_a_timeout_that_is_changed_later(ranks):
     assert ranks(2, run) == [[1800, 43, 43, 44]] * 2
 
 
-def test_what_a_group_was_split_from_is_not_the_clones():
-    """NCCL's options tell it; the parent's own stay as they are."""
-    options = SimpleNamespace(split_from="a parent", _timeout=datetime.timedelta(seconds=5))
-    backend = SimpleNamespace(options=options)
-    group = SimpleNamespace(
+class Options:
+    """What backends have that were never split, in a class that takes nothing else."""
+
+    __slots__ = ("_timeout",)
+
+
+def group_of(backend: SimpleNamespace) -> SimpleNamespace:
+    return SimpleNamespace(
         _device_types=[torch.device("cuda")], _get_backend=lambda device: backend
     )
-    copied, timeout = groups._settings(group)
-    assert (copied.split_from, timeout.seconds) == (None, 5)
-    assert options.split_from == "a parent"
+
+
+def test_what_a_group_was_split_from_is_not_the_clones():
+    """NCCL's options tell it; the parent's own stay as they are."""
+    seconds = datetime.timedelta(seconds=5)
+    split, whole = SimpleNamespace(split_from="a parent", _timeout=seconds), Options()
+    whole._timeout = seconds
+    for options in (split, whole):
+        copied, timeout = groups._settings(group_of(SimpleNamespace(options=options)))
+        assert type(copied) is type(options)
+        assert timeout == copied._timeout == seconds
+        assert getattr(copied, "split_from", None) is None
+    assert split.split_from == "a parent"
+
+
+def test_backends_without_options_keep_their_own_time():
+    group = group_of(SimpleNamespace())
+    assert groups._Clone(group, group).in_time() is group
 
 
 def test_sub_groups_of_group_size_are_ours_already(ranks):

@@ -44,6 +44,15 @@ def test_what_is_not_finite_stays_in_its_column():
     assert not low.any()
 
 
+def test_what_is_below_the_lowest_slice_is_left_out():
+    """As the compiled kernels do, whose ranks take part in the same sums."""
+    terms = torch.tensor([[2.0**-950], [2.0**-960]], dtype=torch.float64)
+    representation = reproducible.to_accumulator(terms)
+    assert representation[0].item() == -31
+    (total,) = reproducible.finalise(representation.unsqueeze(0))[0].tolist()
+    assert total == 2.0**-950
+
+
 @pytest.mark.parametrize("ratio", [0.0, 1e3, 1e6, 1e9])
 def test_moments_are_right_at_any_mean(ratio):
     x = torch.randn(40, 3, dtype=torch.float64) + ratio
