@@ -198,9 +198,16 @@ def test_an_eps_that_is_not_positive(eps):
 
 
 @in_and_out
-@pytest.mark.parametrize("wrong", [{"momentum": None}, {"momentum": "0.1"}, {"eps": None}])
-def test_options_that_are_no_numbers_are_refused_before_communicating(wrong, group):
-    with pytest.raises((TypeError, ValueError)):
+@pytest.mark.parametrize(
+    ("wrong", "text"),
+    [
+        ({"momentum": None}, r"expected momentum in \[0, 1\], got None"),
+        ({"momentum": "0.1"}, "expected momentum to be a number, got str; 0.1 is usual"),
+        ({"eps": None}, "expected eps to be a number, got NoneType; 1e-5 is usual"),
+    ],
+)
+def test_options_that_are_no_numbers_are_refused_before_communicating(wrong, text, group):
+    with pytest.raises((TypeError, ValueError), match=f"^sync_batch_norm: {text}"):
         syncbn.sync_batch_norm(x4d(), None, None, group=group, **wrong)
 
 
