@@ -67,5 +67,5 @@ def test_nothing_is_said_where_nothing_is_missed(warned, monkeypatch):
 @pytest.mark.usefixtures("warned")
 def test_kernels_that_are_asked_for_but_missing_are_an_error(monkeypatch):
     monkeypatch.setenv(kernels.VARIABLE, "native")
-    with pytest.raises(RuntimeError, match="got 'native', but libsyncbn.so was not built with"):
+    with pytest.raises(RuntimeError, match=r"got 'native', but libsyncbn\.so was not built with"):
         train()
