@@ -24,8 +24,9 @@ namespace syncbn::exchange {
 // What a rank tells the others beside its messages. The memory begins as zeros.
 struct alignas(128) Line {
   std::atomic<uint32_t> published;  // the number of its last message, from 1, modulo 2^32
-  std::atomic<uint32_t> sleepers;   // who wait for the next one in the kernel
   std::atomic<uint32_t> ended;      // it will send no more
+  std::atomic<uint32_t> sleepers;   // who wait for news of it in the kernel
+  std::atomic<uint32_t> news;       // changes with the first two where somebody sleeps
 };
 static_assert(std::atomic<uint32_t>::is_always_lock_free, "processes share no lock");
 
@@ -69,16 +70,17 @@ inline void sleep_while(std::atomic<uint32_t>& word, uint32_t value, int64_t nan
 #endif
 }
 
-inline void wake_all(std::atomic<uint32_t>& word) {
+// Wakes who sleep, and who are about to: they have counted themselves before they looked.
+inline void wake_all(Line& line) {
+  if (line.sleepers.load() == 0) return;
+  line.news.fetch_add(1);
 #ifdef __linux__
-  syscall(SYS_futex, &word, FUTEX_WAKE, INT32_MAX, nullptr, nullptr, 0);
-#else
-  (void)word;
+  syscall(SYS_futex, &line.news, FUTEX_WAKE, INT32_MAX, nullptr, nullptr, 0);
 #endif
 }
 
 inline bool has(const Line& line, uint32_t number) {
-  return int32_t(line.published.load(std::memory_order_acquire) - number) >= 0;
+  return int32_t(line.published.load() - number) >= 0;
 }
 
 // How to wait: so many looks at the word, then so many turns that other processes may take, then
@@ -97,11 +99,11 @@ inline bool wait(Line& line, uint32_t number, const Patience& patience) {
     if (has(line, number)) return true;
   const int64_t end = now() + patience.nanoseconds;
   for (;;) {
-    line.sleepers.fetch_add(1);  // before the look, as publishing comes before the look at sleepers
-    const uint32_t seen = line.published.load();
-    const bool come = int32_t(seen - number) >= 0, ended = line.ended.load() != 0;
+    line.sleepers.fetch_add(1);
+    const uint32_t news = line.news.load();  // before the look at what it tells of
+    const bool ended = line.ended.load() != 0;
     const int64_t left = end - now();
-    if (!come && !ended && left > 0) sleep_while(line.published, seen, left);
+    if (!has(line, number) && !ended && left > 0) sleep_while(line.news, news, left);
     line.sleepers.fetch_sub(1);
     if (has(line, number)) return true;
     if (ended || left <= 0) return false;
@@ -116,13 +118,13 @@ inline void publish(const Memory& memory, int64_t rank, uint32_t number, const c
   if (length > 0) std::memcpy(slot + call_size, sent, size_t(length));
   Line& line = memory.line(rank);
   line.published.store(number);
-  if (line.sleepers.load() != 0) wake_all(line.published);
+  wake_all(line);
 }
 
 inline void end(const Memory& memory, int64_t rank) {
   Line& line = memory.line(rank);
   line.ended.store(1);
-  wake_all(line.published);
+  wake_all(line);
 }
 
 // Of all ranks' messages the parts of `length` bytes, `stride` apart, once all have come and if all

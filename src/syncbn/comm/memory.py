@@ -19,6 +19,7 @@ from typing import Any
 from .._version import __version__
 
 LIBRARY = Path(__file__).parents[1] / "libsyncbn.so"
+_NAME = "syncbn"
 CALL = 128  # bytes that describe a call, as in csrc/exchange
 _CAPACITY = 1 << 18  # bytes of a message's part: a layer of 4,096 channels sends a quarter
 _PAGE = 4096  # at the beginning: what the others compare before they use the rest
@@ -99,19 +100,25 @@ def unavailable() -> str | None:
         return f"the system is {sys.platform}, and only Linux has what it takes"
     if not LIBRARY.exists():
         return f"{LIBRARY.name} was not built with this installation"
+    try:
+        _library()
+    except (OSError, AttributeError) as error:
+        return f"{LIBRARY.name} is of another version ({error})"
     return None
 
 
 def create(size: int) -> tuple[Memory, str]:
     """Memory for so many ranks, as rank 0 sees it; and where the others find it."""
-    whole = _PAGE + _bytes(size)
-    try:
-        file = os.memfd_create("syncbn", os.MFD_CLOEXEC)
-        os.posix_fallocate(file, 0, whole)  # an error now where memory is short, no crash later
-    except OSError as error:
-        raise Unmappable(f"{whole} bytes of memory could not be had ({error})") from error
+    whole, file = _PAGE + _bytes(size), -1
     token = os.urandom(16).hex()
-    os.pwrite(file, _title(token).encode(), 0)
+    try:
+        file = os.memfd_create(_NAME, os.MFD_CLOEXEC)
+        os.posix_fallocate(file, 0, whole)  # an error now where memory is short, no crash later
+        os.pwrite(file, _title(token).encode(), 0)
+    except OSError as error:
+        if file >= 0:
+            os.close(file)
+        raise Unmappable(f"{whole} bytes of memory could not be had ({error})") from error
     return Memory(file, 0, size), f"{os.getpid()} {file} {token}"
 
 
@@ -119,7 +126,11 @@ def open_of(place: str, rank: int, size: int) -> Memory:
     """The memory that rank 0 made, as another rank sees it."""
     process, number, token = place.split()
     path = f"/proc/{process}/fd/{number}"
+    reason = "the memory found is not rank 0's, which is on another host or in another container"
     try:
+        # Other files stay closed: who closes one of its own loses its locks on it.
+        if int(process) == os.getpid() or f"memfd:{_NAME}" not in os.readlink(path):
+            raise Unmappable(reason)
         file = os.open(path, os.O_RDWR | os.O_CLOEXEC)
     except OSError as error:
         raise Unmappable(
@@ -130,7 +141,6 @@ def open_of(place: str, rank: int, size: int) -> Memory:
     if found == _title(token):
         return Memory(file, rank, size)
     os.close(file)
-    reason = "the memory found is not rank 0's, which is on another host or in another container"
     if found.startswith("syncbn ") and found.endswith(token):
         theirs = found.split()[1]
         reason = f"syncbn is of version {__version__}, and of version {theirs} on rank 0"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from typing import TYPE_CHECKING, Any
 
@@ -83,14 +84,11 @@ class SharedMemory(Communicator):
 
     def _gathered(self, operation: str, tensor: Tensor) -> Tensor:
         self._check()
-        sent = tensor.detach().cpu().contiguous()
-        received = sent.new_empty(self._size, *sent.shape)
-        key = operation, sent.shape, sent.dtype
-        call = self._calls.get(key)
-        if call is None:
-            call = self._calls[key] = described(operation, sent).encode()[:CALL].ljust(CALL, b"\0")
-        length, here, there = sent.nbytes, sent.data_ptr(), received.data_ptr()
         try:
+            sent = tensor.detach().cpu().contiguous()
+            received = sent.new_empty(self._size, *sent.shape)
+            call = self._call(operation, sent)
+            length, here, there = sent.nbytes, sent.data_ptr(), received.data_ptr()
             for begin in range(0, max(length, 1), self._memory.capacity):
                 part = min(length - begin, self._memory.capacity)
                 self._number = (self._number + 1) % 2**32
@@ -101,9 +99,21 @@ class SharedMemory(Communicator):
             raise
         return received
 
+    def _call(self, operation: str, sent: Tensor) -> bytes:
+        """What describes this call, and no other, in the CALL bytes there are for it."""
+        key = operation, sent.shape, sent.dtype
+        call = self._calls.get(key)
+        if call is None:
+            text = described(operation, sent).encode()
+            if len(text) > CALL:
+                digest = hashlib.blake2b(text, digest_size=16).hexdigest().encode()
+                text = text[: CALL - len(digest)] + digest
+            call = self._calls[key] = text.ljust(CALL, b"\0")
+        return call
+
     def _receive(self, operation: str, there: int, stride: int, part: int) -> None:
         """Wait for all ranks' messages with the present number; their parts go to ``there``."""
-        came, waited, patience, pause = 0, 0.0, self._patience, _FIRST_SLEEP
+        came, waited, patience, pause, lost = 0, 0.0, self._patience, _FIRST_SLEEP, ""
         while True:
             came = self._memory.receive(self._number, there, stride, part, came, *patience, pause)
             if came == self._size:
@@ -111,20 +121,25 @@ class SharedMemory(Communicator):
             if came < 0:
                 calls = [self._memory.call(rank, self._number) for rank in range(self._size)]
                 raise RuntimeError(self._end(refused_calls(calls)))
+            if lost:
+                raise RuntimeError(self._end(f"{operation}: {lost}"))
             waited += pause
-            patience, pause = (0, 0), _SLEEP
-            if self._memory.has_ended(came):
-                raise RuntimeError(self._end(f"{operation}: rank {came} has ended"))
-            if waited > self._timeout():
-                raise RuntimeError(
-                    self._end(
-                        f"{operation}: rank {came} has not arrived within {self._timeout():g} s, "
-                        "the group's timeout"
-                    )
-                )
+            lost = self._lost(came, waited)
+            # Once more where there is a reason to give up: the message may have come before that.
+            patience, pause = (0, 0), 0.0 if lost else _SLEEP
+
+    def _lost(self, late: int, waited: float) -> str:
+        """Why there is nothing to wait for; empty where there is."""
+        for rank in range(self._size):
+            if self._memory.has_ended(rank):
+                return f"rank {rank} has ended"
+        if waited > self._timeout():
+            return f"rank {late} has not arrived within {self._timeout():g} s, the group's timeout"
+        return ""
 
     def _end(self, reason: str) -> str:
         """End the communicator for all ranks; the words for it, of which the first stay."""
+        self._memory.end()
         if self._ended is None:
             self._ended = (
                 f"SharedMemory: rank {self._rank} of {self._size}: {reason}; every rank must make "
@@ -132,7 +147,6 @@ class SharedMemory(Communicator):
                 "loaders differ in length iterate over syncbn.until_all_done(loader, comm). This "
                 "communicator has ended"
             )
-            self._memory.end()
         return self._ended
 
     def _check(self) -> None:
@@ -151,7 +165,7 @@ def _shared(comm: ProcessGroup) -> Memory:
     if comm.rank == 0 and not problem:
         try:
             memory, place = create(comm.size)
-        except Unmappable as error:
+        except (Unmappable, OSError) as error:
             problem = str(error)
     problems = _said(comm, problem)
     place = _said(comm, place)[0]
@@ -159,7 +173,7 @@ def _shared(comm: ProcessGroup) -> Memory:
         if comm.rank:
             try:
                 memory = open_of(place, comm.rank, comm.size)
-            except Unmappable as error:
+            except (Unmappable, OSError) as error:
                 problem = str(error)
         problems = _said(comm, problem)  # after which all have it
     for rank, text in enumerate(problems):
