@@ -44,6 +44,18 @@ def test_messages_longer_than_a_slot(ranks):
     ranks(3, gather)
 
 
+def test_tensors_that_are_not_what_lies_in_memory(ranks):
+    def gather(rank):
+        comm, z = SharedMemory(), torch.tensor([1 + 2j])
+        for sent in (z.conj(), z.conj().imag, torch.ones(2, dtype=torch.int32)):
+            assert torch.equal(comm.all_gather(sent), torch.stack([sent] * 2))
+            total = comm.all_reduce(sent)
+            assert torch.equal(total, sent + sent)
+            assert total.dtype == sent.dtype
+
+    ranks(2, gather)
+
+
 def test_groups_of_ranks(ranks):
     def halves(rank):
         groups = [dist.new_group([0, 1]), dist.new_group([2, 3])]

@@ -80,12 +80,13 @@ class SharedMemory(Communicator):
         return self._gathered("all_gather", tensor).to(tensor.device)
 
     def all_reduce(self, tensor: Tensor) -> Tensor:
-        return self._gathered("all_reduce", tensor).sum(0).to(tensor.device)
+        total = self._gathered("all_reduce", tensor).sum(0, dtype=tensor.dtype)
+        return total.to(tensor.device)
 
     def _gathered(self, operation: str, tensor: Tensor) -> Tensor:
         self._check()
         try:
-            sent = tensor.detach().cpu().contiguous()
+            sent = tensor.detach().cpu().contiguous().resolve_conj().resolve_neg()
             received = sent.new_empty(self._size, *sent.shape)
             call = self._call(operation, sent)
             length, here, there = sent.nbytes, sent.data_ptr(), received.data_ptr()
