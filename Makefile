@@ -38,7 +38,7 @@ test-composite: $(READY)
 	  tests/models/test_convert.py tests/models/test_revert.py \
 	  tests/step/test_exact.py tests/step/test_masks.py tests/step/test_double_backward.py
 
-# The loops alone, without torch, under AddressSanitizer and UndefinedBehaviorSanitizer, whose
+# csrc without torch: the loops under AddressSanitizer and UndefinedBehaviorSanitizer, whose
 # checks of pointers are left to the first: they take most of the time to compile.
 CXX ?= c++
 NATIVE := build/native

@@ -10,7 +10,6 @@ import torch
 from support.mpijob import Job, missing
 from support.ranks import Worlds
 from syncbn import kernels
-from syncbn.kernels import native
 
 torch.set_num_threads(1)  # of this process; other runs on the machine make more threads slow
 
@@ -50,9 +49,10 @@ def _seed() -> None:
     torch.manual_seed(0)
 
 
-@pytest.fixture(params=["native", "composite"])
+@pytest.fixture(params=[each.steps.NAME for each in kernels.IMPLEMENTATIONS])
 def implementation(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each implementation of the kernels in turn."""
-    if request.param == "native" and not native.available():
-        pytest.skip(native.unavailable())
+    steps = {each.steps.NAME: each.steps for each in kernels.IMPLEMENTATIONS}
+    if why := steps[request.param].unavailable():
+        pytest.skip(why)
     monkeypatch.setattr(kernels, "_usable", {request.param, "composite"})

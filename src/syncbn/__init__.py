@@ -5,8 +5,9 @@
 
 Layers: SyncBatchNorm, SyncBatchNorm1d/2d/3d and their Lazy forms. Function: sync_batch_norm.
 Models: convert, revert, register_conversion; DataParallel, several devices in one process.
-Padding: masking, mask_from_lengths. Loaders of different lengths: until_all_done. Who takes part:
-comm. The arithmetic, and its specification in plain torch operations (kernels.composite): kernels.
+Padding: masking, mask_from_lengths. Loaders of different lengths: until_all_done. Who takes part,
+and how they talk (through memory, where they are processes of one host): comm. The arithmetic, and
+its specification in plain torch operations (kernels.composite): kernels.
 Importing starts nothing.
 """
 
@@ -59,6 +60,9 @@ __all__ = [
 for _name in __all__:
     if hasattr(globals()[_name], "__module__"):
         globals()[_name].__module__ = __name__
+# What a converted layer keeps of the class that it had: its pickles name this.
+_Origin = _registry.Origin
+_Origin.__module__, _Origin.__qualname__ = __name__, "_Origin"
 # Pickles of 0.1.0 name files.
 for _name, _module in (
     ("data_parallel", _data_parallel),

@@ -6,6 +6,7 @@ import json
 
 import torch
 
+from .comm.memory import unavailable
 from .demo.run import versions
 from .kernels import describe
 
@@ -41,7 +42,7 @@ def facts() -> dict[str, dict[str, str]]:
 
 
 def _engines() -> dict[str, str]:
-    """The backends of torch.distributed in this build of torch."""
+    """The backends of torch.distributed in this build of torch, and shared memory."""
     import torch.distributed as dist
 
     if not dist.is_available():
@@ -52,4 +53,5 @@ def _engines() -> dict[str, str]:
         "ucc": dist.is_ucc_available,
         "mpi": dist.is_mpi_available,
     }
-    return {name: "found" if check() else "not in this torch" for name, check in checks.items()}
+    found = {name: "found" if check() else "not in this torch" for name, check in checks.items()}
+    return found | {"shared memory": unavailable() or "found"}

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import threading
 from datetime import timedelta
+from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
 
@@ -16,6 +17,7 @@ import torch
 import torch.distributed as dist
 
 from support.scripts import execute
+from syncbn import library
 from syncbn.comm import SharedMemory, memory, shared_memory
 
 
@@ -191,7 +193,7 @@ APART = {
     "version": (1, memory, "__version__", "0.0.1", "syncbn is of version 0.0.1, and of version "),
     "memory": (0, memory.os, "posix_fallocate", mock.Mock(side_effect=ENOSPC), "No space left"),
     "system": (1, memory, "sys", SimpleNamespace(platform="darwin"), "the system is darwin"),
-    "library": (0, memory, "LIBRARY", memory.Path("/nowhere/lib.so"), "lib.so was not built"),
+    "library": (0, library, "LIBRARY", Path("/nowhere/lib.so"), "lib.so was not built"),
 }
 
 

@@ -115,7 +115,7 @@ def test_info_names_what_serves_here(capsys: pytest.CaptureFixture[str]) -> None
     facts = json.loads(capsys.readouterr().out)
     assert list(facts) == ["versions", "devices", "engines", "kernels"]
     assert "threads" in facts["devices"]["cpu"]
-    assert {"gloo", "nccl", "ucc", "mpi"} == set(facts["engines"])
+    assert {"gloo", "nccl", "ucc", "mpi", "shared memory"} == set(facts["engines"])
     assert set(facts["kernels"]) == {"cpu", "cuda"}
     if native.available():
         assert facts["kernels"]["cpu"] == f"native ({native.instruction_set()})"

@@ -10,7 +10,7 @@ import torch
 
 import syncbn
 from support.in_threads import in_threads
-from syncbn import kernels
+from syncbn import kernels, library
 from syncbn.kernels import native
 
 SAYS = (
@@ -26,8 +26,8 @@ SAYS = (
 def warned(monkeypatch, tmp_path):
     """The warnings so far of a process that has no library and has trained nothing."""
     (tmp_path / "libsyncbn.txt").write_text("c++: error: no such thing\n")
-    monkeypatch.setattr(native, "LIBRARY", tmp_path / "libsyncbn.so")
-    monkeypatch.setattr(native, "WHY_NOT", tmp_path / "libsyncbn.txt")
+    monkeypatch.setattr(library, "LIBRARY", tmp_path / "libsyncbn.so")
+    monkeypatch.setattr(library, "WHY_NOT", tmp_path / "libsyncbn.txt")
     monkeypatch.setattr(native, "_load", native._load.__wrapped__)
     monkeypatch.setattr(kernels, "_usable", None)
     monkeypatch.setattr(kernels, "_unsaid", threading.Lock())

@@ -17,7 +17,7 @@ SOURCE = Path(syncbn.__file__).parent
 CSRC = ROOT / "csrc"
 # From the ground up. A room imports from rooms on floors below its own, never from its own floor.
 FLOORS = (
-    {"_version", "tensors"},
+    {"_version", "library", "tensors"},
     {"numerics"},
     {"comm", "kernels"},
     {"step"},
@@ -55,7 +55,7 @@ EXCEPTIONS = {("layers", "models")}
 
 
 def imports(path: Path) -> set[tuple[str, ...]]:
-    """What a file imports from this package, inside functions too: ("step", "masks", "blank")."""
+    """What a file imports from this package, inside functions too: ("step", "masked")."""
     package = ("syncbn", *path.relative_to(SOURCE).parent.parts)
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
@@ -163,6 +163,21 @@ def test_importing_starts_nothing(imported):
 def test_importing_takes_no_dtensors(imported):
     names, _ = imported
     assert "torch.distributed.tensor" not in names
+
+
+WINDOWS = """
+import sys, torch
+sys.modules["fcntl"] = None
+sys.platform = "win32"
+import syncbn
+from syncbn.comm.memory import unavailable
+assert "the system is win32" in unavailable()
+"""
+
+
+def test_importing_without_fcntl():
+    """On Windows no memory is shared: the rest works."""
+    subprocess.run([sys.executable, "-c", WINDOWS], timeout=120, check=True)
 
 
 def test_info_takes_torch_alone(imported):

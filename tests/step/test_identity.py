@@ -34,6 +34,21 @@ def test_a_later_convert_of_the_whole_gives_the_whole_name():
     assert identity_of(model.backbone[1]["norm"]) == "backbone.1.norm"
 
 
+def test_a_later_convert_of_a_part_says_less():
+    model = syncbn.convert(nn.ModuleDict({"backbone": network()}))
+    syncbn.convert(model.backbone)
+    assert identity_of(model.backbone[1]["norm"]) == "backbone.1.norm"
+
+
+def test_layers_that_became_ours_by_hand():
+    layer = nn.BatchNorm1d(2)
+    layer.__class__ = syncbn.SyncBatchNorm1d
+    assert numbers(layer) == numbers(layer)
+    layer.process_group = Gone("all_gather")
+    with pytest.raises(RuntimeError, match="in layer 'SyncBatchNorm1d "):
+        layer(torch.randn(4, 2))
+
+
 def test_layers_without_a_name_are_numbered_as_they_are_made():
     first, second = syncbn.SyncBatchNorm2d(3), syncbn.LazySyncBatchNorm1d()
     alone = syncbn.convert(nn.BatchNorm1d(2))  # the model itself: no name
@@ -78,21 +93,51 @@ class Gone(syncbn.comm.Communicator):
         return tensor.expand(2, *tensor.shape).clone()
 
     def all_reduce(self, tensor):
-        raise RuntimeError("rank 1 is gone")
+        if self.gone == "all_reduce":
+            raise RuntimeError("rank 1 is gone")
+        return tensor * 2
 
 
 @pytest.mark.parametrize("reproducible", [False, True])
-@pytest.mark.parametrize("gone", ["all_gather", "all_reduce"])
+@pytest.mark.parametrize("gone", ["all_gather", ""])
 def test_errors_of_an_exchange_name_the_layer(gone, reproducible):
     layer = syncbn.convert(network(), Gone(gone), reproducible=reproducible)[0]
 
     def step():
         y = layer(torch.randn(4, 2))
-        layer.process_group.gone = "all_gather"  # with which reproducible sums travel
+        layer.process_group.gone = "all_gather" if reproducible else "all_reduce"
         y.sum().backward()
 
     with pytest.raises(RuntimeError, match=r"^rank 1 is gone; in layer '0'$"):
         step()
+
+
+@pytest.mark.parametrize("gone", ["all_gather", "all_reduce"])
+def test_errors_of_an_exchange_that_is_differentiated_name_the_layer(gone):
+    layer = syncbn.convert(network(), Gone(""))[0]
+    x = torch.randn(4, 2, requires_grad=True)
+    y = layer(x)
+    layer.process_group.gone = gone
+    with pytest.raises(RuntimeError, match="in layer '0'"):
+        torch.autograd.grad(y.sum(), x, create_graph=True)
+
+
+def test_errors_within_a_transform_name_the_layer():
+    layer = syncbn.convert(network(), Gone("all_gather"))[0]
+    layer.track_running_stats = False
+    with pytest.raises(RuntimeError, match="in layer '0'"):
+        torch.func.grad(lambda x: layer(x).sum())(torch.randn(4, 2))
+
+
+def test_errors_that_hold_no_words_stay_as_they_are():
+    class OfNumbers(Gone):
+        def all_gather(self, tensor):
+            raise RuntimeError(7)
+
+    layer = syncbn.SyncBatchNorm1d(2, process_group=OfNumbers(""))
+    with pytest.raises(RuntimeError) as caught:
+        layer(torch.randn(4, 2))
+    assert caught.value.args == (7,)
 
 
 def test_the_function_is_known_as_itself():

@@ -8,17 +8,18 @@ ends. Each rank holds a lock on one byte of it, which the system takes from it w
 from __future__ import annotations
 
 import ctypes
-import fcntl
 import mmap
 import os
 import sys
 from functools import cache
-from pathlib import Path
 from typing import Any
 
+from .. import library
 from .._version import __version__
 
-LIBRARY = Path(__file__).parents[1] / "libsyncbn.so"
+if sys.platform != "win32":
+    import fcntl
+
 _NAME = "syncbn"
 CALL = 128  # bytes that describe a call, as in csrc/exchange
 _CAPACITY = 1 << 18  # bytes of a message's part: a layer of 4,096 channels sends a quarter
@@ -98,12 +99,12 @@ def unavailable() -> str | None:
     """Why no memory can be shared here; None where it can."""
     if sys.platform != "linux" or not hasattr(os, "memfd_create"):
         return f"the system is {sys.platform}, and only Linux has what it takes"
-    if not LIBRARY.exists():
-        return f"{LIBRARY.name} was not built with this installation"
+    if why := library.missing():
+        return why
     try:
         _library()
     except (OSError, AttributeError) as error:
-        return f"{LIBRARY.name} is of another version ({error})"
+        return f"{library.LIBRARY.name} is of another version ({error})"
     return None
 
 
@@ -159,7 +160,7 @@ def _bytes(size: int) -> int:
 @cache
 def _library() -> Any:
     """The functions of csrc/exchange/shared_memory.cpp, during which other threads may run."""
-    library = ctypes.CDLL(str(LIBRARY))
+    loaded = ctypes.CDLL(str(library.LIBRARY))
     int64, uint32, address = ctypes.c_int64, ctypes.c_uint32, ctypes.c_void_p
     where = [address, int64, int64]
     for name, arguments, result in (
@@ -170,6 +171,6 @@ def _library() -> Any:
         ("end", [*where, int64], None),
         ("ended", [*where, int64], int64),
     ):
-        function = getattr(library, f"syncbn_exchange_{name}")
+        function = getattr(loaded, f"syncbn_exchange_{name}")
         function.argtypes, function.restype = arguments, result
-    return library
+    return loaded

@@ -10,25 +10,19 @@ import ctypes
 import threading
 from collections.abc import Callable
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from .. import library
 from ..numerics.reproducible import NUMBERS
 from ..tensors.layout import check_samples
 from .interface import NO_AFFINE, NO_RUNNING, Affine, Running, Statistics
 
 NAME = "native"
 DEVICES: tuple[str, ...] = ("cpu",)
-LIBRARY = Path(__file__).parents[1] / "libsyncbn.so"
-WHY_NOT = LIBRARY.with_suffix(".txt")  # left by setup.py where it could not build the library
-REMEDY = (
-    "with g++ 11 or newer, or clang 14 or newer, and torch 2.10 or newer, install syncbn again "
-    'with --no-build-isolation (README.md, "Install")'
-)
 
 _DTYPES = frozenset((torch.float32, torch.float64, torch.bfloat16, torch.float16))
 _TYPES = (Tensor, Parameter)
@@ -45,13 +39,12 @@ def unavailable() -> str | None:
 
 @cache
 def _load() -> str | None:
-    if not LIBRARY.exists():
-        why = f": {WHY_NOT.read_text().strip()}" if WHY_NOT.exists() else ""
-        return f"{LIBRARY.name} was not built with this installation{why}; {REMEDY}"
+    if why := library.missing():
+        return why
     try:
-        torch.ops.load_library(LIBRARY)  # type: ignore[no-untyped-call]
+        torch.ops.load_library(library.LIBRARY)  # type: ignore[no-untyped-call]
     except OSError as error:
-        return f"{LIBRARY.name} does not load: {error}"
+        return f"{library.LIBRARY.name} does not load: {error}"
     _register_shapes()
     _leave_autograd_out()
     return None
@@ -64,7 +57,7 @@ def available() -> bool:
 
 def instruction_set() -> str:
     """The name of the instruction set whose loops run on this processor; available() here."""
-    name = ctypes.CDLL(str(LIBRARY)).syncbn_instruction_set
+    name = ctypes.CDLL(str(library.LIBRARY)).syncbn_instruction_set
     name.restype = ctypes.c_char_p
     return bytes(name()).decode()
 
@@ -164,13 +157,13 @@ def _leave_autograd_out() -> None:
         *(measure, normalise, gradient_sums, input_gradient, batch_norm, batch_norm_backward),
         *(measure_samples, merge_samples, gradient_sums_samples, total_samples),
     )
-    library = torch.library.Library("syncbn", "FRAGMENT")  # type: ignore[no-untyped-call]
-    _kept.append(library)  # what it registers goes with it
+    fragment = torch.library.Library("syncbn", "FRAGMENT")  # type: ignore[no-untyped-call]
+    _kept.append(fragment)  # what it registers goes with it
     for operator in operators:
         name, stop = operator.__name__, torch.library.fallthrough_kernel
-        library.impl(name, stop, "Autograd")  # type: ignore[no-untyped-call]
+        fragment.impl(name, stop, "Autograd")  # type: ignore[no-untyped-call]
     for moving in (_ops.normalise, _ops.batch_norm):
-        library.impl(moving.default, _resolving(moving.default), "Negative")  # type: ignore[no-untyped-call]
+        fragment.impl(moving.default, _resolving(moving.default), "Negative")  # type: ignore[no-untyped-call]
 
 
 def _resolving(operator: Any) -> Callable[..., Any]:

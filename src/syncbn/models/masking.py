@@ -62,17 +62,17 @@ def masking(
         )
     with ExitStack() as stack:
         for layer, names in layers.items():
-            stack.enter_context(_giving(layer, (names, mask)))
+            stack.enter_context(_masked(layer, (names, mask)))
         yield
 
 
 @contextmanager
-def _giving(layer: SyncBatchNorm, giver: tuple[list[str], Any]) -> Iterator[None]:
-    layer._mask_sources = (*layer._mask_sources, giver)
+def _masked(layer: SyncBatchNorm, source: tuple[list[str], Any]) -> Iterator[None]:
+    layer._mask_sources = (*layer._mask_sources, source)
     try:
         yield
     finally:
-        givers = vars(layer).pop("_mask_sources", ())  # none if it was reverted meanwhile
-        others = tuple(other for other in givers if other is not giver)
+        sources = vars(layer).pop("_mask_sources", ())  # none if it was reverted meanwhile
+        others = tuple(other for other in sources if other is not source)
         if others:
             layer._mask_sources = others

@@ -23,7 +23,7 @@ from .dtensors import check_options_of_dtensor, normalise_dtensor
 from .exchange import Exchange, ReproducibleExchange
 from .function import normalise_parts
 from .fused import find_fused, normalise_fused
-from .identity import identity_of
+from .identity import naming
 from .masked import check_mask, scatter_valid, select_valid, zero_masked
 from .mode import find_mode
 from .records import Call, Options, part_of
@@ -152,11 +152,8 @@ def _normalise_over_ranks(call: Call) -> Tensor:
         refuse_join()
     else:
         comm = LOCAL
-    layer = identity_of(call.options.layer)
-    if call.options.reproducible:
-        exchange: Exchange = ReproducibleExchange(comm, layer, call.lengths)
-    else:
-        exchange = Exchange(comm, layer)
+    comm, reproducible = naming(comm, call.options.layer), call.options.reproducible
+    exchange = ReproducibleExchange(comm, call.lengths) if reproducible else Exchange(comm)
     part = part_of(call.input, call.affine)
     return normalise_parts([part], call.running, call.options.eps, exchange)[0]
 

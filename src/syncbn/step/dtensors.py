@@ -18,7 +18,6 @@ from ..numerics.moments import Moments, wide_dtype
 from ..tensors.storages import is_dtensor
 from .exchange import Exchange, Sums
 from .function import normalise_parts
-from .identity import identity_of
 from .records import Call, Normalised, Part, part_of
 
 
@@ -87,8 +86,7 @@ def normalise_dtensor(call: Call) -> Tensor:
     affine, eps = Affine(*(_on(x, t) for t in call.affine)), call.options.eps
     if call.options.training or mean is None:
         running = Running(mean, var, batches, momentum)
-        exchange = _OfDTensor(LOCAL, identity_of(call.options.layer))
-        return normalise_parts([part_of(x, affine)], running, eps, exchange)[0]
+        return normalise_parts([part_of(x, affine)], running, eps, _OfDTensor(LOCAL))[0]
     mean, var = (t.to(wide_dtype(t.device)) for t in (mean, var))
     known = Moments(mean.new_ones(()), mean, var).pack().unsqueeze(0)
     return composite.normalise(x, known, affine=affine, running=Running(), eps=eps)[0]

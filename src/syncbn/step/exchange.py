@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -35,24 +35,23 @@ class Exchange:
     """A rank sends the moments and the sums of its whole share of the batch.
 
     Its share is one local part or several, each on a device of its own, with the kernels that serve
-    it. The result is right to rounding, and the same bits on every rank. layer: whose step it is,
-    see :mod:`syncbn.step.identity`.
+    it. The result is right to rounding, and the same bits on every rank.
     """
 
     reproducible = False
 
-    def __init__(self, comm: Communicator, layer: str) -> None:
-        self.comm, self.layer = comm, layer
+    def __init__(self, comm: Communicator) -> None:
+        self.comm = comm
 
     def gather(self, parts: Sequence[Part], wants_gradient: bool, running: Running) -> Gathered:
         """What all ranks measured. parts: this rank's; running: what is to move afterwards."""
-        # A header of one number before the payload.
+        # One number before the payload: whether this rank wants a gradient.
         if torch.compiler.is_compiling():
             header = _header_in_graph(parts[0], wants_gradient, running)
             sent = torch.cat((header, self._measure(parts)))
         else:
             sent = pad(self._measure(parts), (1, 0), value=float(wants_gradient))
-        received = self._send(self.comm.all_gather, sent)
+        received = self.comm.all_gather(sent)
         return Gathered(self._merged(parts, received[:, 1:]), received[:, 0])
 
     def reduce(self, parts: Sequence[Normalised], dys: Sequence[Tensor]) -> Sums:
@@ -62,18 +61,7 @@ class Exchange:
             for part, dy in zip(parts, dys, strict=True)
         ]
         own = sums[0] if len(sums) == 1 else stacked(sums).sum(0)
-        return Sums(sums, self._send(self.comm.all_reduce, own))
-
-    def _send(self, collective: Callable[[Tensor], Tensor], tensor: Tensor) -> Tensor:
-        """What the collective returns. Its errors name the layer."""
-        if torch.compiler.is_compiling():
-            return collective(tensor)
-        try:
-            return collective(tensor)
-        except RuntimeError as error:
-            text, *others = error.args or ("",)
-            error.args = (f"{text}; in layer {self.layer!r}", *others)
-            raise
+        return Sums(sums, self.comm.all_reduce(own))
 
     def _measure(self, parts: Sequence[Part]) -> Tensor:
         """What this rank has to tell of its parts: a tensor of one dimension."""
@@ -103,15 +91,15 @@ class ReproducibleExchange(Exchange):
 
     reproducible = True
 
-    def __init__(self, comm: Communicator, layer: str, lengths: Tensor | None) -> None:
-        super().__init__(comm, layer)
+    def __init__(self, comm: Communicator, lengths: Tensor | None) -> None:
+        super().__init__(comm)
         self.lengths = lengths
 
     def reduce(self, parts: Sequence[Normalised], dys: Sequence[Tensor]) -> Sums:
         (part,), dy, samples = parts, samplewise_contiguous(dys[0]), _samples(parts)
         sent = samples.gradient_sums_samples(dy, part.x, part.statistics, self.lengths)
         own = samples.total_samples(sent.unsqueeze(0))
-        return Sums((own,), samples.total_samples(self._send(self.comm.all_gather, sent)))
+        return Sums((own,), samples.total_samples(self.comm.all_gather(sent)))
 
     def _measure(self, parts: Sequence[Part]) -> Tensor:
         (part,) = parts

@@ -74,13 +74,13 @@ def check_mask(mask: Tensor, input: Tensor) -> None:
     check_held({"mask": mask})
 
 
-def resolve_mask(givers: tuple[tuple[list[str], Any], ...], input: Tensor) -> Tensor | None:
-    """The mask of the last giver, a layer's names and its mask or function, that has one.
+def resolve_mask(sources: tuple[tuple[list[str], Any], ...], input: Tensor) -> Tensor | None:
+    """The mask of the last source, a layer's names and its mask or function, that has one.
 
     Raises as :func:`check_mask`, with the layer's name.
     """
-    for name, giver in ((name, giver) for names, giver in reversed(givers) for name in names):
-        mask: Tensor | None = giver if isinstance(giver, Tensor) else giver(name, input)
+    for name, source in ((name, each) for names, each in reversed(sources) for name in names):
+        mask: Tensor | None = source if isinstance(source, Tensor) else source(name, input)
         if mask is None:
             continue
         try:

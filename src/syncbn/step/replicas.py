@@ -13,7 +13,7 @@ from ..kernels import Affine
 from .checks import check_not_reproducible
 from .exchange import Exchange
 from .function import normalise_parts
-from .identity import identity_of
+from .identity import naming
 from .records import Call, Part, part_of
 
 
@@ -46,8 +46,7 @@ def _normalise_all(shares: list[_Share]) -> Sequence[Tensor]:
     outer = first.comm.outer
     if outer.size > 1:
         refuse_join()
-    layer = identity_of(first.options.layer)
-    exchange = Exchange(outer if outer.size > 1 else LOCAL, layer)
+    exchange = Exchange(naming(outer, first.options.layer) if outer.size > 1 else LOCAL)
     with torch.set_grad_enabled(any(share.wants_graph for share in shares)):
         return normalise_parts(
             [share.part for share in shares], first.running, first.options.eps, exchange
