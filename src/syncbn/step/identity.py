@@ -2,7 +2,7 @@
 
 A layer that convert() met is known by its name in that model. Another has a number: processes that
 make the same layers in the same order give them the same ones. Ranks that are threads of a process
-share its count.
+share its count, so there the class must do.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from ..comm import Communicator
+from ..comm import Communicator, Threads
 
 _numbers = count(1)
 
@@ -36,13 +36,15 @@ def take_name(layer: nn.Module, name: str) -> None:
     take_number(layer)
 
 
-def identity_of(layer: nn.Module | None) -> str:
+def identity_of(layer: nn.Module | None, *, counted: bool = True) -> str:
     """A layer's name, or class and number. None: a call of sync_batch_norm without a layer."""
     if layer is None:
         return "sync_batch_norm"
     take_number(layer)  # one that became ours by hand
     found = vars(layer)["_identity"]
-    return found if isinstance(found, str) else f"{type(layer).__name__} {found}"
+    if isinstance(found, str):
+        return found
+    return f"{type(layer).__name__} {found}" if counted else type(layer).__name__
 
 
 def naming(comm: Communicator, layer: nn.Module | None) -> Communicator:
@@ -53,7 +55,7 @@ def naming(comm: Communicator, layer: nn.Module | None) -> Communicator:
     """
     if comm.size == 1 or torch.compiler.is_compiling():
         return comm
-    return _Naming(comm, identity_of(layer))
+    return _Naming(comm, identity_of(layer, counted=not isinstance(comm, Threads)))
 
 
 class _Naming(Communicator):
