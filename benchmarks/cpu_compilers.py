@@ -33,6 +33,7 @@ from cpu import CASES, PASSES, TOYS, Case, keep_freed_memory, middle
 from cpu_picture import report
 from layer import LAYOUTS
 
+from syncbn import library
 from syncbn.kernels import native
 from syncbn.kernels.interface import Affine, Running
 
@@ -45,7 +46,7 @@ CALLS = 3
 Times = dict[str, list[float]]
 
 
-def library(name: str) -> Path:
+def library_of(name: str) -> Path:
     """The library that a compiler builds, or one that is there."""
     if name.endswith(".so"):
         return Path(name).resolve()
@@ -74,7 +75,7 @@ def operators(case: Case) -> dict[str, Callable[[], Any]]:
 def serve(path: Path, far_end: Connection, line: Connection) -> None:
     """Take turns on request, in a process of its own: one registers operators only once."""
     far_end.close()  # or this process would outlive one that was killed
-    native.LIBRARY = path
+    library.LIBRARY = path
     if why_not := native.unavailable():
         raise RuntimeError(why_not)
     keep_freed_memory()
@@ -177,11 +178,11 @@ def main(
     quick: bool,
     as_json: bool,
 ) -> None:
-    if quick and not (names or native.LIBRARY.exists()):
+    if quick and not (names or library.LIBRARY.exists()):
         click.echo(f"skipped: {native.unavailable()}")
         return
-    names = names or ((str(native.LIBRARY),) * 2 if quick else oldest_and_newest())
-    libraries = [library(name) for name in names]
+    names = names or ((str(library.LIBRARY),) * 2 if quick else oldest_and_newest())
+    libraries = [library_of(name) for name in names]
     cases = [case for case in (TOYS if quick else CASES) if only in name_of(case)]
     measured: dict[Case, list[dict[str, list[float]]]] = defaultdict(list)
     for _ in range(repetitions):

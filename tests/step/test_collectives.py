@@ -65,6 +65,20 @@ def test_no_local_fact_decides(ranks, inputs, affine):
     assert first == (STEP if wanted else STEP[:1], wanted)
 
 
+def test_a_backward_that_is_differentiated_sends_no_more_than_it_needs(ranks):
+    """The moments once more, without a header, and the sums."""
+
+    def run(rank):
+        recorder = Recorder()
+        layer = syncbn.SyncBatchNorm(3, process_group=recorder)
+        x = torch.randn(2, 3, 4, requires_grad=True)
+        torch.autograd.grad(layer(x).sum(), x, create_graph=True)
+        return recorder.calls
+
+    again = [("gather", torch.float64, 2 * 3 + 1), ("reduce", torch.float64, 2 * 3)]
+    assert ranks(2, run) == [STEP[:1] + again] * 2
+
+
 def test_a_rank_without_gradient_still_serves_its_peer(ranks):
     """affine=False and an input that wants no gradient on rank 0: rank 1's is right, none hangs."""
     x = torch.randn(4, 3, 5, dtype=torch.float64)

@@ -92,3 +92,13 @@ def test_selective_checkpointing(ranks, world):
             torch.testing.assert_close(step(kept, model, x), step(plain, plain, x), **CLOSE)
 
     _ = ranks(world, run) if world > 1 else run(0)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_counter_without_statistics_moves_once(compiled):
+    """As a layer has whose running_mean and running_var were set to None."""
+    layer = syncbn.SyncBatchNorm1d(4)
+    layer.running_mean = layer.running_var = None
+    call = torch.compile(layer, backend="aot_eager") if compiled else layer
+    checkpoint(call, torch.randn(3, 4), use_reentrant=False).sum().backward()
+    assert layer.num_batches_tracked == 1

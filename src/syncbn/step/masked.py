@@ -105,7 +105,7 @@ def select_valid(input: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
 
 def scatter_valid(values: Tensor, input: Tensor, mask: Tensor) -> Tensor:
     """A tensor like input (N, C, *) of the values (V, C) that count, and zeros."""
-    output = torch.zeros_like(input.movedim(1, -1), dtype=values.dtype)
+    output = torch.zeros_like(input.movedim(1, -1))
     output[mask] = values  # not of a view, whose gradient would be one of strides, beyond vmap
     return output.movedim(-1, 1)
 
