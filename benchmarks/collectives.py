@@ -22,6 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 from syncbn.comm import SharedMemory, resolve
+from syncbn.comm.memory import unavailable
 
 
 def run_rank(rank: int, ranks: int, numel: int, rounds: int, folder: str) -> None:
@@ -29,7 +30,7 @@ def run_rank(rank: int, ranks: int, numel: int, rounds: int, folder: str) -> Non
     join_gloo(rank, ranks, folder)
     tensor = torch.ones(numel, dtype=torch.float64)
 
-    comm, shared = resolve(None), SharedMemory()
+    comm = resolve(None)
 
     def torch_all_gather() -> None:
         dist.all_gather(list(tensor.new_empty(ranks, numel).unbind(0)), tensor)
@@ -42,9 +43,11 @@ def run_rank(rank: int, ranks: int, numel: int, rounds: int, folder: str) -> Non
         "syncbn all_gather": lambda: comm.all_gather(tensor),
         "torch all_reduce": torch_all_reduce,
         "syncbn all_reduce": lambda: comm.all_reduce(tensor),
-        "shared memory all_gather": lambda: shared.all_gather(tensor),
-        "shared memory all_reduce": lambda: shared.all_reduce(tensor),
     }
+    if not unavailable():
+        shared = SharedMemory()
+        steps["shared memory all_gather"] = lambda: shared.all_gather(tensor)
+        steps["shared memory all_reduce"] = lambda: shared.all_reduce(tensor)
     times = interleaved(steps, rounds)
     if rank == 0:
         rows = {name: summary(values, times["torch all_reduce"]) for name, values in times.items()}

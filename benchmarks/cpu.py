@@ -38,6 +38,7 @@ from layer import LAYOUTS, SHAPES, NaiveSyncBatchNorm, interleaved, join_gloo, s
 from torch import Tensor, nn
 
 import syncbn
+from syncbn.comm.memory import unavailable
 
 FEATURES = (4096, 256)
 SMALL = ((32, 256), (256, 64), (16, 128, 500), (1, 16, 256, 256), (1, 3, 512, 512))
@@ -127,7 +128,7 @@ def middle(times: list[float], scale: float = 1) -> tuple[float, ...]:
 
 def rank_rows(rank: int, rounds: int, quick: bool) -> list[dict[str, Any]]:
     """A synchronised layer against its parts, the naive one, and none; forward and backward."""
-    rows, shared = [], syncbn.comm.SharedMemory()
+    rows, shared = [], None if unavailable() else syncbn.comm.SharedMemory()
     for shape in [(2, 3, 4, 5), (4, 3)] if quick else [*SHAPES, FEATURES]:
         x, dy, channels = torch.randn(shape), torch.randn(shape), shape[1]
         moments, sums = (torch.zeros(2 * channels + n, dtype=torch.float64) for n in (2, 0))
@@ -136,9 +137,10 @@ def rank_rows(rank: int, rounds: int, quick: bool) -> list[dict[str, Any]]:
             "reproducible": syncbn.SyncBatchNorm(channels, reproducible=True),
             "naive": NaiveSyncBatchNorm(channels),
             "local": syncbn.SyncBatchNorm(channels, process_group=syncbn.comm.LOCAL),
-            "shared": syncbn.SyncBatchNorm(channels, process_group=shared),
             "torch": (nn.BatchNorm2d if len(shape) == 4 else nn.BatchNorm1d)(channels),
         }
+        if shared:
+            layers["shared"] = syncbn.SyncBatchNorm(channels, process_group=shared)
         steps = {name: step(layer, x, dy, "fwd+bwd") for name, layer in layers.items()}
 
         def parts(local=steps["local"], moments=moments, sums=sums) -> None:
@@ -148,12 +150,12 @@ def rank_rows(rank: int, rounds: int, quick: bool) -> list[dict[str, Any]]:
             dist.all_reduce(sums)
 
         times = interleaved(steps | {"parts": parts}, rounds)
-        shown = ("syncbn", "shared", "torch")
-        row = {"shape": shape} | {f"{name}_ms": middle(times[name]) for name in shown}
+        compared = [name for name in ("syncbn", "shared", "torch") if name in times]
+        row = {"shape": shape} | {f"{name}_ms": middle(times[name]) for name in compared}
         row["over_parts"] = summary(times["syncbn"], times["parts"])[2]
         for name in ("naive", "reproducible"):
             row[f"{name}_over_syncbn"] = summary(times[name], times["syncbn"])[2]
-        for name in ("local", "torch"):
+        for name in ("local", "torch") if shared else ():
             row[f"shared_over_{name}"] = summary(times["shared"], times[name])[2]
         rows.append(row)
     return rows
@@ -167,14 +169,15 @@ def model_rows(rank: int, rounds: int, quick: bool) -> list[dict[str, Any]]:
     torch.manual_seed(0)
     plain = ResNetForImageClassification(ResNetConfig(**toy) if quick else ResNetConfig()).train()
     models = {"syncbn": syncbn.convert(copy.deepcopy(plain)), "torch": plain}
-    models["shared"] = syncbn.convert(copy.deepcopy(plain), syncbn.comm.SharedMemory())
+    if not unavailable():
+        models["shared"] = syncbn.convert(copy.deepcopy(plain), syncbn.comm.SharedMemory())
     torch.manual_seed(rank + 1)
     images = torch.randn(2, 3, *(32, 32) if quick else (224, 224))
     labels = torch.randint(2, (2,))
     steps = {name: training_step(model, images, labels) for name, model in models.items()}
     times = interleaved(steps, rounds)
     row = {f"{name}_ms": middle(values) for name, values in times.items()}
-    for name in ("syncbn", "shared"):
+    for name in [name for name in models if name != "torch"]:
         row[f"{name}_over_torch"] = summary(times[name], times["torch"])[2]
     return [{"images": images.shape} | row]
 

@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 
 from support.scripts import execute
+from syncbn import __version__ as VERSION
 from syncbn import library
 from syncbn.comm import SharedMemory, memory, shared_memory
 
@@ -116,11 +117,18 @@ def test_an_interrupt_while_waiting_ends_the_others(ranks):
     def interrupt(rank):
         comm = SharedMemory()
         if rank == 0:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
+            before = signal.signal(signal.SIGINT, signal.default_int_handler)
             main = threading.main_thread().ident
-            threading.Timer(0.1, signal.pthread_kill, (main, signal.SIGINT)).start()
+
+            def strike():
+                while not comm._number:  # its message is not on its way yet
+                    os.sched_yield()
+                signal.pthread_kill(main, signal.SIGINT)
+
+            threading.Thread(target=strike).start()
             with pytest.raises(KeyboardInterrupt):
                 comm.all_reduce(torch.ones(3))
+            signal.signal(signal.SIGINT, before)
             return refusal(lambda: comm.all_reduce(torch.ones(3)))
         while not comm._memory.has_ended(0):
             os.sched_yield()
@@ -190,7 +198,13 @@ APART = {
     "a pipe": (1, shared_memory, "open_of", open_pipe, "not rank 0's"),
     "map": (1, memory.mmap, "mmap", mock.Mock(side_effect=ENOMEM), "Cannot allocate memory"),
     "old library": (1, memory, "_library", mock.Mock(side_effect=OLD), "of another version (no x"),
-    "version": (1, memory, "__version__", "0.0.1", "syncbn is of version 0.0.1, and of version "),
+    "version": (
+        1,
+        memory,
+        "__version__",
+        "0.0.1",
+        f"0.0.1, and of version {VERSION} on rank 0",
+    ),
     "memory": (0, memory.os, "posix_fallocate", mock.Mock(side_effect=ENOSPC), "No space left"),
     "system": (1, memory, "sys", SimpleNamespace(platform="darwin"), "the system is darwin"),
     "library": (0, library, "LIBRARY", Path("/nowhere/lib.so"), "lib.so was not built"),

@@ -1,6 +1,8 @@
 // Ranks that are threads exchange through memory that they share: in order, whole, however late
 // they are, with fewer cores than ranks, over the wrap of the numbers, and with ends and
 // differences.
+#include <unistd.h>
+
 #include <cstdio>
 #include <cstdlib>
 #include <thread>
@@ -98,6 +100,7 @@ void time_ends() {
 
 int main() {
   using namespace syncbn::exchange::test;
+  alarm(300);  // ends who sleeps on because nothing woke it: waits are longer than that
   for (int64_t size : {1, 2, 3, 8}) {
     exchanges(size, 0, {100, 10, 1000000000});
     exchanges(size, UINT32_MAX - 200, {0, 0, 1000000000});

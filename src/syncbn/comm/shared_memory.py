@@ -26,9 +26,9 @@ _FIRST_SLEEP, _SLEEP = 5e-3, 50e-3  # seconds, before it looks whether they are 
 class SharedMemory(Communicator):
     """The ranks of a torch.distributed group that are processes of one host, without its backend.
 
-    All ranks of ``group`` construct it together. An exchange takes microseconds, where gloo's
-    messages through sockets take hundreds. Ranks that find no processor of their own, and those
-    that wait for long, sleep.
+    All ranks of ``group`` construct it together. Small messages arrive several times as fast as
+    over gloo's sockets. Ranks that find no processor of their own, and those that wait for long,
+    sleep.
 
     - **Devices.** Messages travel through CPU memory; tensors elsewhere are copied there and back.
     - **Memory.** Half a megabyte per rank, of no name: nothing is left wherever a job ends.
