@@ -17,7 +17,7 @@ import click
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from layer import interleaved, join_gloo, summary
+from layer import group_over_gloo, interleaved, join_gloo, summary
 from rich.console import Console
 from rich.table import Table
 
@@ -30,7 +30,7 @@ def run_rank(rank: int, ranks: int, numel: int, rounds: int, folder: str) -> Non
     join_gloo(rank, ranks, folder)
     tensor = torch.ones(numel, dtype=torch.float64)
 
-    comm = resolve(None)
+    comm = resolve(group_over_gloo())
 
     def torch_all_gather() -> None:
         dist.all_gather(list(tensor.new_empty(ranks, numel).unbind(0)), tensor)

@@ -34,7 +34,16 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from cpu_picture import draw, environment, report, shown
-from layer import LAYOUTS, SHAPES, NaiveSyncBatchNorm, interleaved, join_gloo, step, summary
+from layer import (
+    LAYOUTS,
+    SHAPES,
+    NaiveSyncBatchNorm,
+    group_over_gloo,
+    interleaved,
+    join_gloo,
+    step,
+    summary,
+)
 from torch import Tensor, nn
 
 import syncbn
@@ -129,12 +138,15 @@ def middle(times: list[float], scale: float = 1) -> tuple[float, ...]:
 def rank_rows(rank: int, rounds: int, quick: bool) -> list[dict[str, Any]]:
     """A synchronised layer against its parts, the naive one, and none; forward and backward."""
     rows, shared = [], None if unavailable() else syncbn.comm.SharedMemory()
+    over_gloo = group_over_gloo()
     for shape in [(2, 3, 4, 5), (4, 3)] if quick else [*SHAPES, FEATURES]:
         x, dy, channels = torch.randn(shape), torch.randn(shape), shape[1]
         moments, sums = (torch.zeros(2 * channels + n, dtype=torch.float64) for n in (2, 0))
         layers = {
-            "syncbn": syncbn.SyncBatchNorm(channels),
-            "reproducible": syncbn.SyncBatchNorm(channels, reproducible=True),
+            "syncbn": syncbn.SyncBatchNorm(channels, process_group=over_gloo),
+            "reproducible": syncbn.SyncBatchNorm(
+                channels, process_group=over_gloo, reproducible=True
+            ),
             "naive": NaiveSyncBatchNorm(channels),
             "local": syncbn.SyncBatchNorm(channels, process_group=syncbn.comm.LOCAL),
             "torch": (nn.BatchNorm2d if len(shape) == 4 else nn.BatchNorm1d)(channels),
@@ -168,7 +180,7 @@ def model_rows(rank: int, rounds: int, quick: bool) -> list[dict[str, Any]]:
     toy = {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1]}
     torch.manual_seed(0)
     plain = ResNetForImageClassification(ResNetConfig(**toy) if quick else ResNetConfig()).train()
-    models = {"syncbn": syncbn.convert(copy.deepcopy(plain)), "torch": plain}
+    models = {"syncbn": syncbn.convert(copy.deepcopy(plain), group_over_gloo()), "torch": plain}
     if not unavailable():
         models["shared"] = syncbn.convert(copy.deepcopy(plain), syncbn.comm.SharedMemory())
     torch.manual_seed(rank + 1)

@@ -160,6 +160,17 @@ def run_rank(rank: int, ranks: int, setting: Setting, folder: str) -> None:
         dist.destroy_process_group()
 
 
+def group_over_gloo() -> dist.ProcessGroup:
+    """A group of all ranks whose layers exchange through gloo, though memory be there."""
+    group, told = dist.new_group(), os.environ.get("SYNCBN_EXCHANGE")
+    os.environ["SYNCBN_EXCHANGE"] = "torch"
+    syncbn.comm.resolve(group).all_gather(torch.zeros(1))  # when it is chosen
+    del os.environ["SYNCBN_EXCHANGE"]
+    if told is not None:
+        os.environ["SYNCBN_EXCHANGE"] = told
+    return group
+
+
 def join_gloo(rank: int, ranks: int, folder: str) -> None:
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # gloo of older torch prints to stdout
     store = f"file://{folder}/store"

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import time
 from collections import Counter
 from collections.abc import Iterator
 
@@ -7,10 +8,11 @@ import hypothesis
 import pytest
 import torch
 
-from support.mpijob import Job, missing
+from support.mpijob import Job, missing, remove_segments
 from support.ranks import Worlds
 from syncbn import kernels
 
+BEGAN = time.time()
 torch.set_num_threads(1)  # of this process; other runs on the machine make more threads slow
 
 common = {"deadline": None, "print_blob": True}
@@ -24,6 +26,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Files of few tests first: those are the long ones, and the last file has one worker."""
     tests = Counter(item.path for item in items)
     items.sort(key=lambda item: tests[item.path])
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if not hasattr(session.config, "workerinput"):  # but in the end of all that run side by side
+        remove_segments(BEGAN)
 
 
 @pytest.fixture(scope="session")

@@ -30,17 +30,15 @@ struct alignas(128) Line {
 };
 static_assert(std::atomic<uint32_t>::is_always_lock_free, "processes share no lock");
 
-constexpr int64_t call_size = 128;  // bytes that describe a call, before its message in the slot
-
 struct Memory {
   char* lines;  // one Line per rank, then two times one slot per rank
   int64_t world;
-  int64_t capacity;  // of a slot, in bytes, beside the call
+  int64_t capacity;  // of a slot, in bytes
 
   Line& line(int64_t rank) const { return reinterpret_cast<Line*>(lines)[rank]; }
   char* slot(int64_t rank, uint32_t number) const {
     const int64_t before = (number & 1) * world + rank;
-    return lines + world * int64_t(sizeof(Line)) + before * (call_size + capacity);
+    return lines + world * int64_t(sizeof(Line)) + before * capacity;
   }
 };
 
@@ -110,12 +108,9 @@ inline bool wait(Line& line, uint32_t number, const Patience& patience) {
   }
 }
 
-// call: call_size bytes.
-inline void publish(const Memory& memory, int64_t rank, uint32_t number, const char* call,
-                    const char* sent, int64_t length) {
-  char* slot = memory.slot(rank, number);
-  std::memcpy(slot, call, call_size);
-  if (length > 0) std::memcpy(slot + call_size, sent, size_t(length));
+inline void publish(const Memory& memory, int64_t rank, uint32_t number, const char* sent,
+                    int64_t length) {
+  if (length > 0) std::memcpy(memory.slot(rank, number), sent, size_t(length));
   Line& line = memory.line(rank);
   line.published.store(number);
   wake_all(line);
@@ -127,23 +122,18 @@ inline void end(const Memory& memory, int64_t rank) {
   wake_all(line);
 }
 
-// Of all ranks' messages the parts of `length` bytes, `stride` apart, once all have come and if all
-// describe the call alike. Returns world; -1 where the calls differ; or a rank whose message has
-// not come, or that ended after it, so that the others need not begin what it has given up. Those
-// before `from` are known to have sent theirs.
-inline int64_t receive(const Memory& memory, int64_t rank, uint32_t number, char* received,
-                       int64_t stride, int64_t length, int64_t from, const Patience& patience) {
+// Of all ranks' messages the parts of `length` bytes, `stride` apart, once all have come. Returns
+// world; or a rank whose message has not come, or that ended after it, so that the others need not
+// begin what it has given up. Those before `from` are known to have sent theirs.
+inline int64_t receive(const Memory& memory, uint32_t number, char* received, int64_t stride,
+                       int64_t length, int64_t from, const Patience& patience) {
   for (int64_t other = from; other < memory.world; ++other)
     if (!wait(memory.line(other), number, patience)) return other;
-  const char* own = memory.slot(rank, number);
-  for (int64_t other = 0; other < memory.world; ++other)
-    if (std::memcmp(memory.slot(other, number), own, call_size) != 0) return -1;
   for (int64_t other = 0; other < memory.world; ++other)
     if (memory.line(other).ended.load() != 0) return other;
   if (length > 0)
     for (int64_t other = 0; other < memory.world; ++other)
-      std::memcpy(received + other * stride, memory.slot(other, number) + call_size,
-                  size_t(length));
+      std::memcpy(received + other * stride, memory.slot(other, number), size_t(length));
   return memory.world;
 }
 

@@ -16,6 +16,9 @@ import sys as _sys
 from . import comm, kernels
 from ._version import __version__
 from .batches.uneven import until_all_done
+from .comm.frames import DesyncError
+from .comm.tracing import trace
+from .comm.waiting import timeout
 from .layers import lazy as _lazy
 from .layers import modules as _modules
 from .layers.functional import sync_batch_norm
@@ -36,6 +39,7 @@ from .step.masked import mask_from_lengths
 
 __all__ = [
     "DataParallel",
+    "DesyncError",
     "LazySyncBatchNorm",
     "LazySyncBatchNorm1d",
     "LazySyncBatchNorm2d",
@@ -53,6 +57,8 @@ __all__ = [
     "register_conversion",
     "revert",
     "sync_batch_norm",
+    "timeout",
+    "trace",
     "until_all_done",
 ]
 

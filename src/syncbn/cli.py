@@ -1,8 +1,8 @@
-"""The command ``syncbn``, and ``python -m syncbn``: demo and info.
+"""The command ``syncbn``, and ``python -m syncbn``: demo, info and trace.
 
-Only what the shell needs is here; what the commands do is in syncbn.demo and syncbn.info. info
-takes torch alone; rich, scikit-learn and matplotlib, which demo needs, come with the extra
-``[cli]`` and are imported when it runs.
+Only what the shell needs is here; what the commands do is in syncbn.demo, syncbn.info and
+syncbn.diagnose. info and trace take torch alone; rich, scikit-learn and matplotlib, which demo
+needs, come with the extra ``[cli]`` and are imported when it runs.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from typing import Any, NoReturn
 
 from ._version import __version__
 
-_COMMANDS = ("demo", "info")
+_COMMANDS = ("demo", "info", "trace")
 _EXTRA = {"rich", "sklearn", "matplotlib"}
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line ``arguments`` (None: the process's own) and return its exit status.
 
-    0: done. 1: a rank failed, the extra is missing, or a file could not be written. 2: wrong
-    usage, in one line. 130: interrupted.
+    0: done. 1: a rank failed, the extra is missing, a file could not be written, or the ranks in
+    a trace differ. 2: wrong usage, in one line. 130: interrupted.
     """
     given = sys.argv[1:] if arguments is None else arguments
     command = " ".join(["syncbn", *(name for name in given[:1] if name in _COMMANDS)])
@@ -73,11 +73,14 @@ def _run(arguments: list[str]) -> int:
     commands = parser.add_subparsers(metavar="command")
     demo = "Train a small network on handwritten digits in three ways and compare them."
     info = "Show versions, devices, engines of communication and kernels."
-    for name, run, text in (("demo", _demo, demo), ("info", _info, info)):
+    trace = "Show what ranks called, from the traces that they left, and where they first differ."
+    for name, run, text in (("demo", _demo, demo), ("info", _info, info), ("trace", _trace, trace)):
         command = commands.add_parser(name, help=text, description=text)
         command.set_defaults(run=run)
         if run is _demo:
             _add_demo_options(command)
+        if run is _trace:
+            _add_trace_options(command)
         command.add_argument(
             "--json", action="store_true", dest="as_json", help="Print one JSON object."
         )
@@ -86,9 +89,8 @@ def _run(arguments: list[str]) -> int:
     except SystemExit:  # after --help and --version
         return 0
     if "run" in options:
-        options.pop("run")(**options)
-    else:
-        parser.print_help()
+        return options.pop("run")(**options) or 0
+    parser.print_help()
     return 0
 
 
@@ -192,3 +194,18 @@ def _info(*, as_json: bool) -> None:
     from . import info
 
     info.show(as_json=as_json)
+
+
+def _add_trace_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folder", type=Path, help="What SYNCBN_TRACE or syncbn.trace named.")
+    text = "Calls to show, up to the first difference (default: %(default)s)"
+    parser.add_argument("--last", type=_number(1), default=10, metavar="N", help=text)
+
+
+def _trace(*, folder: Path, last: int, as_json: bool) -> int:
+    from .diagnose import desync
+
+    try:
+        return desync.show(folder, last=last, as_json=as_json)
+    except desync.NoTraces as error:
+        raise _Failure(str(error)) from None

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 
 import torch
 
 from .comm.memory import unavailable
+from .comm.process_group import EXCHANGES
 from .demo.run import versions
 from .kernels import describe
 
@@ -54,4 +56,16 @@ def _engines() -> dict[str, str]:
         "mpi": dist.is_mpi_available,
     }
     found = {name: "found" if check() else "not in this torch" for name, check in checks.items()}
-    return found | {"shared memory": unavailable() or "found"}
+    return found | {"shared memory": unavailable() or "found", "CPU exchange": _exchange()}
+
+
+def _exchange() -> str:
+    """How CPU tensors of a gloo group travel, as far as one process knows."""
+    told = os.environ.get("SYNCBN_EXCHANGE", "")
+    if told and told not in EXCHANGES:
+        return f"SYNCBN_EXCHANGE is {told!r}, which is none of {', '.join(EXCHANGES)}"
+    if told:
+        return f"{told}, for SYNCBN_EXCHANGE says so"
+    if why := unavailable():
+        return f"torch, for {why}"
+    return "shared_memory among processes of one host that can share it, else torch"

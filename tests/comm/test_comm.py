@@ -9,6 +9,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 import syncbn
 from support.contract import CHECKS, check_interleaved
+from support.groups import group_over
 from support.in_threads import in_threads
 from support.layers import Pair
 from support.scripts import execute
@@ -32,7 +33,8 @@ WORLDS = {
     "default group": on_workers(3, lambda: resolve(None)),
     "process group": on_workers(3, lambda: ProcessGroup(dist.group.WORLD)),
     "two ranks": on_workers(2, lambda: resolve(None)),
-    "many ranks": on_workers(3, lambda: Ring(dist.group.WORLD)),
+    "gloo": on_workers(3, lambda: resolve(group_over("torch"))),
+    "many ranks": on_workers(3, lambda: Ring(group_over("torch"))),
     "shared memory": on_workers(3, syncbn.comm.SharedMemory),
     "threads": lambda _, function: in_threads(3, function),
     "many threads": lambda _, function: in_threads(12, function),
@@ -70,7 +72,7 @@ except RuntimeError as error:
     print("ended", error, type(error.__cause__).__name__, flush=True)
     os._exit(0)
 """
-    stays, _ = execute(program, str(tmp_path / "store"), ranks=2)
+    stays, _ = execute(program, str(tmp_path / "store"), ranks=2, SYNCBN_EXCHANGE="torch")
     assert "ended ProcessGroup: all_gather failed on rank 0 of 2 (gloo): " in stays.stdout, stays
     assert "syncbn.until_all_done(loader) RuntimeError" in stays.stdout
 

@@ -18,8 +18,9 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import syncbn
+from support.groups import group_over
 from support.scripts import execute
-from syncbn.comm import groups
+from syncbn.comm import ProcessGroup, groups
 from syncbn.comm.groups import private
 
 
@@ -208,6 +209,29 @@ def test_a_timeout_that_is_changed_later(ranks):
     assert ranks(2, run) == [[1800, 43, 43, 44]] * 2
 
 
+def test_a_part_of_a_group_on_a_device_is_cloned_as_if_on_none(ranks):
+    """torch would split the whole group's communicator, which takes all of its ranks."""
+
+    def run(rank):
+        c10d, whole, seen = dist.distributed_c10d, dist.group.WORLD, []
+        make, device = c10d._new_process_group_helper, torch.device("cuda", 0)
+
+        def noticed(*arguments, **options):
+            seen.append((whole.bound_device_id, options["device_id"]))
+            return make(*arguments, **options)
+
+        part = dist.new_group([0, 1])
+        whole.bound_device_id = device
+        try:
+            with mock.patch.object(c10d, "_new_process_group_helper", noticed):
+                private(part)
+            return seen, whole.bound_device_id == device
+        finally:
+            whole.bound_device_id = None
+
+    assert ranks(2, run) == [([(None, None)], True)] * 2
+
+
 class Options:
     """What backends have that were never split, in a class that takes nothing else."""
 
@@ -215,8 +239,11 @@ class Options:
 
 
 def group_of(backend: SimpleNamespace) -> SimpleNamespace:
+    """With another one for the CPU, that has no options."""
+    backends = {"cpu": SimpleNamespace(), "cuda": backend}
     return SimpleNamespace(
-        _device_types=[torch.device("cuda")], _get_backend=lambda device: backend
+        _device_types=[torch.device(name) for name in backends],
+        _get_backend=lambda device: backends[device.type],
     )
 
 
@@ -226,7 +253,9 @@ def test_what_a_group_was_split_from_is_not_the_clones():
     split, whole = SimpleNamespace(split_from="a parent", _timeout=seconds), Options()
     whole._timeout = seconds
     for options in (split, whole):
-        copied, timeout = groups._settings(group_of(SimpleNamespace(options=options)))
+        group = group_of(SimpleNamespace(options=options))
+        assert groups.timeout_of(group)() == seconds.total_seconds()
+        copied, timeout = groups._settings(group)
         assert type(copied) is type(options)
         assert timeout == copied._timeout == seconds
         assert getattr(copied, "split_from", None) is None
@@ -264,7 +293,7 @@ def test_a_clone_is_freed_with_its_group(ranks):
         for _ in range(2):
             group = dist.new_group([0, 1])
             syncbn.SyncBatchNorm1d(2, process_group=group)(torch.randn(2, 2))
-            clone = weakref.ref(private(group))
+            clone, name = weakref.ref(private(group)), groups.name_in_graphs(group)
             assert clone() in known.pg_map
             dist.destroy_process_group(group)
             del group
@@ -272,6 +301,8 @@ def test_a_clone_is_freed_with_its_group(ranks):
             assert clone() is None
             assert [len(table) for table in tables] == sizes
             assert clones_tags() == tags
+            with pytest.raises(RuntimeError, match="Could not resolve the process group"):
+                dist.distributed_c10d._resolve_process_group(name)
 
     ranks(2, run)
 
@@ -334,7 +365,7 @@ def test_what_was_never_sent_is_nobody_elses_fault(ranks):
             def __call__(self, *_: object, **__: object) -> None:
                 raise RuntimeError("no such tensor")
 
-        comm = syncbn.comm.resolve(None)
+        comm = syncbn.comm.resolve(group_over("torch"))
         texts = []
         for name in ("all_to_all_single", "all_gather"):
             original = getattr(dist, name)
@@ -367,16 +398,16 @@ def test_threads_may_begin_with_other_groups_on_each_rank(ranks):
             layer(torch.full((1, 2), float(rank)))
             means[number] = layer.running_mean.tolist()
 
-        cloning, clone = threading.Event(), groups._cloned
+        waiting, meet = threading.Event(), ProcessGroup._meet
 
-        def noticed(group):
-            cloning.set()
-            return clone(group)
+        def noticed(comm, operation):
+            waiting.set()
+            meet(comm, operation)
 
         first = threading.Thread(target=train, args=(rank,), daemon=True)
-        with mock.patch.object(groups, "_cloned", noticed):
+        with mock.patch.object(ProcessGroup, "_meet", noticed):
             first.start()
-            assert cloning.wait(30)
+            assert waiting.wait(30)
             train(1 - rank)
         first.join(30)
         return means
@@ -418,7 +449,7 @@ dist.destroy_process_group()
 
 
 SAYS = {
-    "missing": {0: ("all_gather failed on rank 0 of 2 (gloo)", "another rank has ended, is late")},
+    "missing": {0: ("rank 0 of 2: all_gather: rank 1 has not arrived within 1 s",)},
     "graph": dict.fromkeys((0, 1), ("if it was destroyed: set layer.process_group to a group",)),
 }
 

@@ -69,6 +69,15 @@ def test_groups_of_ranks(ranks):
     assert ranks(4, halves) == [([0, 1], 6)] * 2 + [([2, 3], 6)] * 2
 
 
+def test_what_ranks_sleep_on_is_aligned(ranks):
+    """Else the system would not let them sleep."""
+
+    def rest(rank):
+        return SharedMemory()._channel.memory._where[0] % 128  # the alignment of a Line
+
+    assert ranks(2, rest) == [0, 0]
+
+
 def test_without_a_group():
     with pytest.raises(ValueError, match=r"SharedMemory: expected a torch\.distributed group"):
         SharedMemory()

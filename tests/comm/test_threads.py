@@ -40,7 +40,8 @@ def test_groups_start_no_threads():
 def test_one_rank_is_alone():
     (comm,) = threads(1)
     x = torch.randn(4, 3)
-    with comm:
+    with comm as entered:
+        assert entered is comm
         assert torch.equal(comm.all_gather(x), x.unsqueeze(0))
         assert torch.equal(comm.all_reduce(x), x)
 

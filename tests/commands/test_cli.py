@@ -30,6 +30,7 @@ from syncbn.demo import run, train
 from syncbn.kernels import native
 
 NO_PLOT = ["--no-plot"]
+COMMANDS = ("demo", "info", "trace")
 TIMEOUT = 120  # seconds, for a loaded machine; each run takes a tenth
 needs_proc = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="reads Linux's /proc")
 
@@ -88,6 +89,9 @@ def test_demo_json_is_one_object_and_nothing_else(
         (["--nonsense"], "--nonsense"),
         (["nonsense"], "nonsense"),
         (["info", "--nonsense"], "--nonsense"),
+        (["trace"], "folder"),
+        (["trace", "/nowhere"], "expected a folder, got '/nowhere'"),
+        (["trace", ".", "--last", "0"], "--last"),
     ],
 )
 def test_bad_usage_is_one_line_and_status_2(
@@ -97,7 +101,7 @@ def test_bad_usage_is_one_line_and_status_2(
     out, err = capsys.readouterr()
     assert out == ""
     assert len(err.splitlines()) == 1
-    command = " ".join(["syncbn", *(name for name in arguments[:1] if name in ("demo", "info"))])
+    command = " ".join(["syncbn", *(name for name in arguments[:1] if name in COMMANDS)])
     assert err.startswith(f"{command}: ")
     assert text in err
 
@@ -115,7 +119,7 @@ def test_info_names_what_serves_here(capsys: pytest.CaptureFixture[str]) -> None
     facts = json.loads(capsys.readouterr().out)
     assert list(facts) == ["versions", "devices", "engines", "kernels"]
     assert "threads" in facts["devices"]["cpu"]
-    assert {"gloo", "nccl", "ucc", "mpi", "shared memory"} == set(facts["engines"])
+    assert {"gloo", "nccl", "ucc", "mpi", "shared memory", "CPU exchange"} == set(facts["engines"])
     assert set(facts["kernels"]) == {"cpu", "cuda"}
     if native.available():
         assert facts["kernels"]["cpu"] == f"native ({native.instruction_set()})"

@@ -59,7 +59,9 @@ def unknown_in(line: str) -> str | None:
         missing = [extra for extra in extras if extra not in EXTRAS]
         missing += [line] if words[:1] != ["install"] or not packages else []
     elif command == "syncbn":
-        missing = [word for word in words[:1] if word not in ("demo", "info")] or words[1:]
+        arguments = {"demo": 0, "info": 0, "trace": 1}
+        missing = [word for word in words[:1] if word not in arguments]
+        missing = missing or words[1 + arguments.get("".join(words[:1]), 0) :]
     elif command in ("torchrun", "mpiexec", "python"):
         missing = [script for script in scripts if not (ROOT / script).exists()]
         missing += [] if scripts else [line]
@@ -79,6 +81,7 @@ def test_commands_of_shell_blocks_exist(text):
     "line",
     [
         *("make nonsense", "pip install", "pip install 'syncbn[nonsense]'", "syncbn nonsense"),
+        *("syncbn info nonsense", "syncbn trace folder nonsense"),
         *("torchrun --standalone examples/nonsense.py", "python", "a sentence about syncbn"),
     ],
 )

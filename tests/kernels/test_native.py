@@ -114,6 +114,12 @@ def test_operators_pass_opcheck(shape):
 
 
 @needs_native
+def test_operators_have_no_derivatives_of_their_own():
+    """torch's stand-in for one would cost time in every call, and warn in backward."""
+    assert not torch.ops.syncbn.measure(torch.randn(4, 3, requires_grad=True)).requires_grad
+
+
+@needs_native
 def test_one_process_still_differentiates_twice():
     layer = syncbn.SyncBatchNorm(2, eps=1e-3, dtype=torch.float64)
     x = torch.randn(4, 2, 3, dtype=torch.float64, requires_grad=True)
@@ -156,6 +162,7 @@ def test_the_environment_chooses():
 
 
 def test_other_tensors_are_served_by_the_composite():
+    assert composite.supports(torch.empty(2, 2, device="meta"))
     assert kernels.select_kernels(torch.empty(2, 2, device="meta")).steps.NAME == "composite"
 
 

@@ -1,6 +1,5 @@
 // Ranks that are threads exchange through memory that they share: in order, whole, however late
-// they are, with fewer cores than ranks, over the wrap of the numbers, and with ends and
-// differences.
+// they are, with fewer cores than ranks, over the wrap of the numbers, and with ends.
 #include <unistd.h>
 
 #include <cstdio>
@@ -20,7 +19,7 @@ void check(bool right, const char* what) {
 
 struct World {
   World(int64_t size, int64_t capacity, uint32_t first)
-      : bytes(size_t(size) * (sizeof(Line) + 2 * size_t(call_size + capacity)) + 128),
+      : bytes(size_t(size) * (sizeof(Line) + 2 * size_t(capacity)) + 128),
         memory{align(bytes.data()), size, capacity} {
     for (int64_t rank = 0; rank < size; ++rank) memory.line(rank).published = first;
   }
@@ -48,13 +47,12 @@ void exchanges(int64_t size, uint32_t first, const Patience& patience) {
       if (number % 97 == uint32_t(rank)) std::this_thread::yield();
       const int64_t count = number % (most + 1);
       for (int64_t i = 0; i < count; ++i) sent[size_t(i)] = value(rank, number, i);
-      const char call[call_size] = {char(count)};
-      publish(world.memory, rank, number, call, reinterpret_cast<char*>(sent.data()), count * 8);
+      publish(world.memory, rank, number, reinterpret_cast<char*>(sent.data()), count * 8);
       int64_t from = 0;
       while (from >= 0 && from < size)
-        from = receive(world.memory, rank, number, reinterpret_cast<char*>(received.data()),
-                       count * 8, count * 8, from, patience);
-      check(from == size, "all messages come, and are of one call");
+        from = receive(world.memory, number, reinterpret_cast<char*>(received.data()), count * 8,
+                       count * 8, from, patience);
+      check(from == size, "all messages come");
       bool right = true;
       for (int64_t other = 0; other < size; ++other)
         for (int64_t i = 0; i < count; ++i)
@@ -64,36 +62,24 @@ void exchanges(int64_t size, uint32_t first, const Patience& patience) {
   });
 }
 
-void differing_calls() {
-  const World world(3, 8, 0);
-  on_ranks(world, [&](int64_t rank) {
-    const char call[call_size] = {char(rank == 2)};
-    publish(world.memory, rank, 1, call, nullptr, 0);
-    check(receive(world.memory, rank, 1, nullptr, 0, 0, 0, {10, 1, 1000000000000}) == -1,
-          "every rank sees that calls differ");
-  });
-}
-
 void an_end_wakes_who_waits() {
   const World world(3, 8, 0);
   on_ranks(world, [&](int64_t rank) {
-    const char call[call_size] = {};
     if (rank == 1) {
       while (world.memory.line(1).sleepers.load() != 2) std::this_thread::yield();
       end(world.memory, 1);
       return;
     }
-    publish(world.memory, rank, 1, call, nullptr, 0);
-    check(receive(world.memory, rank, 1, nullptr, 0, 0, 0, {10, 1, 1000000000000}) == 1,
+    publish(world.memory, rank, 1, nullptr, 0);
+    check(receive(world.memory, 1, nullptr, 0, 0, 0, {10, 1, 1000000000000}) == 1,
           "who waits sees the end");
   });
 }
 
 void time_ends() {
   const World world(2, 8, 0);
-  const char call[call_size] = {};
-  publish(world.memory, 0, 1, call, nullptr, 0);
-  check(receive(world.memory, 0, 1, nullptr, 0, 0, 0, {10, 1, 1000000}) == 1, "time ends a wait");
+  publish(world.memory, 0, 1, nullptr, 0);
+  check(receive(world.memory, 1, nullptr, 0, 0, 0, {10, 1, 1000000}) == 1, "time ends a wait");
 }
 
 }  // namespace syncbn::exchange::test
@@ -106,7 +92,6 @@ int main() {
     exchanges(size, UINT32_MAX - 200, {0, 0, 1000000000});
     exchanges(size, 7, {0, 0, 1000});  // nearly no patience: they come back again and again
   }
-  differing_calls();
   an_end_wakes_who_waits();
   time_ends();
   std::printf("exchange: %d failed\n", int(faults));

@@ -57,3 +57,5 @@ def test_pack_and_unpack_are_inverse():
     moments = of(torch.randn(5, 3))
     assert moments.pack().shape == (7,)
     assert_same(unpack(moments.pack()), moments, relative=0)
+    sets = stacked([moments, of(torch.randn(3, 3))])
+    assert_same(unpack(sets.pack()), sets, relative=0)

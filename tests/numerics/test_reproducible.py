@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from fractions import Fraction
+from math import inf, nan
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from support import oracle
 from support.cases import Case, check, laid_out, share_of, step
 from syncbn.kernels import composite
 from syncbn.numerics import reproducible
+from syncbn.numerics.moments import merge, unpack
 
 SPLITS = [(6,), (3, 3), (1, 5), (0, 6), (2, 2, 2), (4, 0, 2), (1, 1, 1, 3), (0, 2, 0, 4)]
 numbers = st.floats(allow_nan=False, allow_infinity=False, width=32) | st.floats(-1e150, 1e150)
@@ -37,7 +39,6 @@ def test_sums_are_exact_and_know_no_split(terms, data):
 
 
 def test_what_is_not_finite_stays_in_its_column():
-    inf, nan = float("inf"), float("nan")
     terms = torch.tensor([[nan, inf, inf, 1.0], [1.0, 2.0, -inf, 2.0]], dtype=torch.float64)
     high, low = reproducible.finalise(reproducible.to_accumulator(terms).unsqueeze(0))
     torch.testing.assert_close(high, terms.sum(0), equal_nan=True)
@@ -63,6 +64,16 @@ def test_moments_are_right_at_any_mean(ratio):
     assert count == 40
     oracle.assert_close(mean, expected.mean)
     oracle.assert_close(m2 / 40, expected.var, factor=4 + ratio / 1e3)
+
+
+@pytest.mark.parametrize("values", [(inf, 1), (inf, 2, -inf), (-inf, 1), (nan, 1), (1e200, 1)])
+def test_moments_of_what_is_not_finite_or_too_large(values):
+    """As those that add up rounded."""
+    x = torch.tensor(values, dtype=torch.float64).view(-1, 1)
+    samples = torch.stack([composite.measure(row) for row in x.split(1)])
+    sent = reproducible.moments_to_accumulator(samples)
+    found, expected = reproducible.merge_moments(sent[None]), merge(unpack(samples)).pack()
+    torch.testing.assert_close(found, expected, equal_nan=True)
 
 
 def everything(results):
@@ -186,7 +197,8 @@ def test_masked_batches_too(ranks):
 
 
 def test_gradients_that_keep_their_graph_too(ranks):
-    x, dy = torch.randn(2, 6, 3, 4, 5) + 2
+    """In float64, whose sums would differ in their last bits."""
+    x, dy = torch.randn(2, 6, 3, 4, 5, dtype=torch.float64) + 2
 
     def run(rank, split, reproducible):
         mine = share_of(split, rank)

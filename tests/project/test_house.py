@@ -25,6 +25,7 @@ FLOORS = (
     {"batches"},
     {"models"},
     {"launch"},
+    {"diagnose"},
     {"demo"},
     {"info"},
     {"cli"},
@@ -43,6 +44,7 @@ ROOMS = {
         {"dispatch"},
     ),
     "layers": ({"functional"}, {"modules"}, {"lazy"}),
+    "diagnose": ({"traces"}, {"desync"}),
     "batches": ({"nested"}, {"empty", "scatter", "transfer"}, {"uneven"}),
     "models": (
         {"graphs", "names", "quantisation", "registry", "replicate"},
@@ -135,13 +137,14 @@ print(*sorted(name for name in set(sys.modules) - before))
 from syncbn.cli import main
 sys.stdout = sys.stderr
 assert main(["info"]) == 0
+assert main(["trace", "/nowhere"]) == 2
 print(*sorted(name for name in set(sys.modules) - before), file=sys.__stdout__)
 """
 
 
 @pytest.fixture(scope="module")
 def imported():
-    """The modules that come with syncbn, in a new process, and those after ``syncbn info``."""
+    """The modules that come with syncbn, in a new process, and those after info and trace."""
     result = subprocess.run(
         [sys.executable, "-c", IMPORT], capture_output=True, text=True, timeout=120, check=False
     )
@@ -180,7 +183,7 @@ def test_importing_without_fcntl():
     subprocess.run([sys.executable, "-c", WINDOWS], timeout=120, check=True)
 
 
-def test_info_takes_torch_alone(imported):
+def test_info_and_trace_take_torch_alone(imported):
     _, names = imported
     assert roots(names) - sys.stdlib_module_names == {"syncbn"}
 
@@ -216,5 +219,7 @@ def test_public_names_do_not_tell_where_they_live():
             thing = getattr(home, name)
             if isinstance(thing, type) or callable(thing):
                 where = thing.__module__
-                assert where == "syncbn" if home is syncbn else where.startswith("syncbn.comm")
+                assert where == "syncbn" or (
+                    home is syncbn.comm and where.startswith("syncbn.comm")
+                )
     assert syncbn.comm.MPI.__module__ == "syncbn.comm"

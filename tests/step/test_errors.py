@@ -139,12 +139,13 @@ def test_an_input_on_another_device_than_the_parameters(params, device, training
 
 @pytest.mark.parametrize("momentum", [-0.1, 1.1, 2, float("nan"), float("inf"), -float("inf")])
 def test_a_momentum_outside_0_to_1(momentum):
-    built = syncbn.SyncBatchNorm2d(3)
-    built.momentum = momentum
+    built, untracked = (syncbn.SyncBatchNorm2d(3, track_running_stats=t) for t in (True, False))
+    built.momentum = untracked.momentum = momentum
     for call in (
         *(lambda cls=cls: layer_of(cls, momentum=momentum) for cls in LAYERS),
         lambda: syncbn.sync_batch_norm(x4d(), None, None, momentum=momentum, group=Silent()),
         lambda: built(x4d()),
+        lambda: torch.func.vmap(untracked)(x4d()[None]),
     ):
         with pytest.raises(
             ValueError, match=r"^sync_batch_norm: expected momentum in \[0, 1\]"

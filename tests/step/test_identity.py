@@ -143,3 +143,23 @@ def test_errors_that_hold_no_words_stay_as_they_are():
 def test_the_function_is_known_as_itself():
     with pytest.raises(RuntimeError, match="in layer 'sync_batch_norm'"):
         syncbn.sync_batch_norm(torch.randn(4, 2), None, None, group=Gone("all_gather"))
+
+
+@pytest.mark.parametrize("operation", ["all_gather", "all_reduce"])
+def test_a_communicator_that_lies_about_its_size(operation):
+    class Liar(Gone):
+        def all_gather(self, tensor):
+            return tensor.expand(3 if operation == "all_gather" else 2, *tensor.shape).clone()
+
+        def all_reduce(self, tensor):
+            return tensor.sum()
+
+    def step():
+        layer = syncbn.SyncBatchNorm1d(2, process_group=Liar(""))
+        layer(torch.randn(4, 2, requires_grad=True)).sum().backward()
+
+    said = (
+        rf"^Liar: expected {operation} among its 2 ranks to return shape .* on rank 0; .*in layer"
+    )
+    with pytest.raises(RuntimeError, match=said):
+        step()

@@ -253,11 +253,21 @@ def test_nothing_is_tracked_or_nothing_moves_it():
     for norm in (untracked, frozen):
         norm(torch.full((4, 3), math.inf))
         assert norm.num_batches_skipped == 0
+        assert norm.num_batches_skipped.dtype == torch.int64
     sleeping = layer()
     sleeping.track_running_stats = False
     sleeping(torch.full((4, 3), math.inf))
     assert sleeping.num_batches_skipped == 0
     assert sleeping.running_var.isfinite().all()
+
+
+def test_an_average_over_no_count_moves_nothing():
+    """As in torch's layer."""
+    norm = layer(momentum=None)
+    norm.num_batches_tracked = None
+    norm(torch.randn(4, 3))
+    assert norm.running_mean.tolist() == [0.0] * 3
+    assert norm.running_var.tolist() == [1.0] * 3
 
 
 def freed(buffer):

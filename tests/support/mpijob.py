@@ -72,6 +72,21 @@ def end(job: subprocess.Popen[str]) -> None:
         job.wait()
 
 
+def remove_segments(since: float) -> None:
+    """Remove what MPICH left in /dev/shm since then: its jobs that are killed leave it there."""
+    left = {str(path): path for path in Path("/dev/shm").glob("mpich_shm_*")}
+    for maps in Path("/proc").glob("[0-9]*/maps"):
+        with contextlib.suppress(OSError):
+            used = maps.read_text()
+            for name in [name for name in left if name in used]:
+                del left[name]
+    for path in left.values():
+        with contextlib.suppress(OSError):
+            found = path.stat()
+            if found.st_uid == os.getuid() and found.st_ctime >= since:
+                path.unlink()
+
+
 def execute(size: int, *arguments: str, timeout: float = 80) -> Ended:
     """Run ``python arguments`` on ``size`` ranks to its end."""
     with start(size, *arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as job:

@@ -4,20 +4,32 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+
 from .base import Communicator, Local
+from .framed import Framed
+from .frames import Received
+from .given import default_group, from_torch, refuse_join
+from .graphs import InGraph
 from .groups import subgroups
+from .headers import MAY, WANTS, Caller
 from .mpi import MPI
-from .process_group import ProcessGroup, default_group, from_torch, refuse_join
+from .process_group import ProcessGroup
 from .replicas import Replica, ReplicaGroup, Unplaced, current_replica
 from .shared_memory import SharedMemory
 from .threads import Threads, threads
 
 __all__ = [
     "LOCAL",
+    "MAY",
     "MPI",
+    "WANTS",
+    "Caller",
     "Communicator",
+    "Framed",
     "Local",
     "ProcessGroup",
+    "Received",
     "Replica",
     "ReplicaGroup",
     "SharedMemory",
@@ -42,13 +54,15 @@ def resolve(process_group: Any) -> Communicator:
     None is the default group, or this process alone where none is initialised; in the forward of a
     replica of a syncbn.DataParallel the replicas of all these ranks. A Communicator is itself;
     everything else must be a torch.distributed group or a one-dimensional DeviceMesh (errors:
-    :func:`syncbn.comm.process_group.from_torch`).
+    :func:`syncbn.comm.given.from_torch`).
     """
     comm: Communicator
     if process_group is None:
         comm = default_group() or LOCAL
     elif isinstance(process_group, Communicator):
         comm = process_group
+        if isinstance(comm, Framed) and torch.compiler.is_compiling():
+            comm = InGraph(comm.name_in_graphs, comm.rank, comm.size)
     else:
         comm = from_torch(process_group)
     replica = current_replica()

@@ -37,7 +37,6 @@ from __future__ import annotations
 
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -95,15 +94,6 @@ class Local(Communicator):
 def described(operation: str, tensor: Tensor) -> str:
     """A call, as errors name it: ranks' calls agree where their descriptions do."""
     return f"{operation} of {tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"
-
-
-def refused_calls(calls: Iterable[str]) -> str:
-    """What is wrong with collectives ``calls`` that differ, in the order of ranks."""
-    listed = "; ".join(f"rank {rank}: {call}" for rank, call in enumerate(calls))
-    return (
-        f"ranks call different collectives: {listed}; every rank must run the same layers in the "
-        "same order, and backward where the others do"
-    )
 
 
 def check_timeout(operation: str, timeout: float) -> None:

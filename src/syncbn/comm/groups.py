@@ -45,6 +45,11 @@ def private(group: dist.ProcessGroup) -> dist.ProcessGroup:
         return _CLONES[group].group
 
 
+def has_private(group: dist.ProcessGroup) -> bool:
+    """Whether :func:`private` need not make anything."""
+    return group in _CLONES or group in _OURS
+
+
 def name_in_graphs(group: dist.ProcessGroup) -> str:
     """What compiled graphs call the private group: no later group of this process has the name.
 
@@ -138,6 +143,23 @@ def _settings(group: dist.ProcessGroup) -> tuple[Any, timedelta | None]:
     return options, timeout
 
 
+def is_gloo(group: dist.ProcessGroup, device: str = "cpu") -> bool:
+    """Whether the group's tensors there travel by gloo, whatever others do ("cpu:gloo,cuda:nccl",
+    which it is by default).
+    """
+    known = _GLOO.setdefault(group, {})
+    if device not in known:
+        kinds = [kind for kind in group._device_types if kind.type == device]
+        known[device] = any(_unwrapped(group._get_backend(k)).name() == "gloo" for k in kinds)
+    return known[device]
+
+
+def store_of(group: dist.ProcessGroup, name: str) -> Any:
+    """A part of the store that the group's ranks met in."""
+    c10d: Any = dist.distributed_c10d
+    return c10d.PrefixStore(f"syncbn:{name}", c10d._world.pg_map[group][1])
+
+
 def timeout_of(group: dist.ProcessGroup) -> Callable[[], float]:
     """Asks for the seconds that the group's messages may take, which may change."""
     options = [getattr(each, "options", None) for each in _backends(group)]
@@ -204,6 +226,7 @@ def subgroups(size: int) -> Any:
 
 
 # Weak, so that nothing outlives destroy_process_group for these tables' sake.
+_GLOO: weakref.WeakKeyDictionary[dist.ProcessGroup, dict[str, bool]] = weakref.WeakKeyDictionary()
 _CLONES: weakref.WeakKeyDictionary[dist.ProcessGroup, _Clone] = weakref.WeakKeyDictionary()
 _MADE: weakref.WeakKeyDictionary[dist.ProcessGroup, dict[int, weakref.ref[dist.ProcessGroup]]] = (
     weakref.WeakKeyDictionary()

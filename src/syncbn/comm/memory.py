@@ -1,4 +1,4 @@
-"""The memory of comm/shared_memory.py: who makes it, who may map it, and what lies in it.
+"""The memory of comm/channel.py: who makes it, who may map it, and what lies in it.
 
 It is a file without a name (memfd), which the others open through the process that made it: so it
 needs no room in /dev/shm, belongs to nobody else, and is gone with the last process, however that
@@ -12,7 +12,7 @@ import mmap
 import os
 import sys
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 from .. import library
 from .._version import __version__
@@ -21,7 +21,6 @@ if sys.platform != "win32":
     import fcntl
 
 _NAME = "syncbn"
-CALL = 128  # bytes that describe a call, as in csrc/exchange
 _CAPACITY = 1 << 18  # bytes of a message's part: a layer of 4,096 channels sends a quarter
 _PAGE = 4096  # at the beginning: what the others compare before they use the rest
 
@@ -30,13 +29,29 @@ class Unmappable(Exception):
     """Why ranks share no memory, in words that go on after "on rank 1"."""
 
 
+class Parts(NamedTuple):
+    """Where the ranks' messages go: so many bytes of each, so many apart."""
+
+    address: int
+    stride: int
+    length: int
+
+
+class Patience(NamedTuple):
+    """How to wait for a message: see csrc/exchange/shared_memory.h."""
+
+    looks: int
+    turns: int
+    seconds: float
+
+
 class Memory:
-    """What one rank sees of it."""
+    """What one rank sees of it. token: what no other memory is called."""
 
     capacity = _CAPACITY
 
-    def __init__(self, file: int, rank: int, size: int) -> None:
-        self._library = _library()
+    def __init__(self, file: int, token: str, rank: int, size: int) -> None:
+        self.token, self._library = token, _library()
         self._file = file
         self._map = mmap.mmap(file, _PAGE + _bytes(size))
         self._anchor = ctypes.c_char.from_buffer(self._map)
@@ -44,33 +59,15 @@ class Memory:
         self._rank = rank
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, rank)
 
-    def publish(self, number: int, call: bytes, address: int, length: int) -> None:
-        where = *self._where, self._rank
-        self._library.syncbn_exchange_publish(*where, number, call, address, length)
+    def publish(self, number: int, address: int, length: int) -> None:
+        self._library.syncbn_exchange_publish(*self._where, self._rank, number, address, length)
 
-    def receive(
-        self,
-        number: int,
-        address: int,
-        stride: int,
-        length: int,
-        first: int,
-        looks: int,
-        turns: int,
-        seconds: float,
-    ) -> int:
+    def receive(self, number: int, parts: Parts, first: int, patience: Patience) -> int:
         """See receive() in csrc/exchange/shared_memory.h."""
-        message = *self._where, self._rank, number, address, stride, length, first
-        found: int = self._library.syncbn_exchange_receive(
-            *message, looks, turns, int(seconds * 1e9)
-        )
+        looks, turns, seconds = patience
+        message = *self._where, number, *parts, first, looks, turns, int(seconds * 1e9)
+        found: int = self._library.syncbn_exchange_receive(*message)
         return found
-
-    def call(self, rank: int, number: int) -> str:
-        """How a rank described the call that this message belongs to."""
-        text = ctypes.create_string_buffer(CALL)
-        self._library.syncbn_exchange_call(*self._where, rank, number, text)
-        return text.raw.rstrip(b"\0").decode(errors="replace")
 
     def end(self) -> None:
         """Tell the others that nothing more will come."""
@@ -120,7 +117,7 @@ def create(size: int) -> tuple[Memory, str]:
         if file >= 0:
             os.close(file)
         raise Unmappable(f"{whole} bytes of memory could not be had ({error})") from error
-    return Memory(file, 0, size), f"{os.getpid()} {file} {token}"
+    return Memory(file, token, 0, size), f"{os.getpid()} {file} {token}"
 
 
 def open_of(place: str, rank: int, size: int) -> Memory:
@@ -140,7 +137,7 @@ def open_of(place: str, rank: int, size: int) -> Memory:
         ) from error
     found = os.pread(file, _PAGE, 0).rstrip(b"\0").decode(errors="replace")
     if found == _title(token):
-        return Memory(file, rank, size)
+        return Memory(file, token, rank, size)
     os.close(file)
     if found.startswith("syncbn ") and found.endswith(token):
         theirs = found.split()[1]
@@ -165,9 +162,8 @@ def _library() -> Any:
     where = [address, int64, int64]
     for name, arguments, result in (
         ("size", [int64, int64], int64),
-        ("publish", [*where, int64, uint32, ctypes.c_char_p, address, int64], int64),
-        ("receive", [*where, int64, uint32, address, *[int64] * 6], int64),
-        ("call", [*where, int64, uint32, ctypes.c_char_p], None),
+        ("publish", [*where, int64, uint32, address, int64], None),
+        ("receive", [*where, uint32, address, *[int64] * 6], int64),
         ("end", [*where, int64], None),
         ("ended", [*where, int64], int64),
     ):

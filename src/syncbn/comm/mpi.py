@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from .base import Communicator, check_timeout, described, refused_calls
+from .base import check_timeout
+from .framed import Framed
+from .graphs import take_name
+from .waiting import SLICE, Notes, limit_of
 
 if TYPE_CHECKING:
     from mpi4py import MPI as Engine
 
-_CALL = 64  # bytes that describe a call
+
+_NOTE = 10_000  # bytes of a note, at most
 
 
-class MPI(Communicator):
+class MPI(Framed):
     """The ranks of an MPI communicator, for jobs that ``mpiexec`` starts.
 
     All ranks of ``comm`` construct it together. It works on a clone of ``comm`` (``Dup``), so that
@@ -66,90 +71,67 @@ class MPI(Communicator):
         self._engine = engine
         self._types = {torch.float32: engine.FLOAT, torch.float64: engine.DOUBLE}
         self._main_thread_only = engine.Query_thread() < engine.THREAD_SERIALIZED
+        self._rank, self._size = self.comm.rank, self.comm.size
+        take_name(self)
         self._in_flight: tuple[Any, ...] = ()
-        self._ended: str | None = None
 
     @property
     def rank(self) -> int:
-        return self.comm.rank
+        return self._rank
 
     @property
     def size(self) -> int:
-        return self.comm.size
+        return self._size
 
-    def all_gather(self, tensor: Tensor) -> Tensor:
-        return self._gathered("all_gather", _on_cpu(tensor)).to(tensor.device)
-
-    def all_reduce(self, tensor: Tensor) -> Tensor:
-        local = _on_cpu(tensor)
-        if self.size <= self.direct_exchange_max_size or tensor.dtype not in self._types:
-            total = self._gathered("all_reduce", local).sum(0)
-        else:
-            total = self._reduced(local.clone())
-        return total.to(tensor.device)
-
-    def _gathered(self, operation: str, local: Tensor) -> Tensor:
-        self._agree(operation, local)
+    def _send(self, tensor: Tensor, operation: str) -> Tensor:
         byte = self._engine.BYTE  # which has no opinion on bfloat16
-        gathered = local.new_empty(self.size, *local.shape)
-        self._in_flight = (local, gathered)
+        gathered = tensor.new_empty(self.size, *tensor.shape)
+        self._in_flight = (tensor, gathered)
         self._wait(
             operation,
-            self.comm.Iallgather([self._memory(local), byte], [self._memory(gathered), byte]),
+            self.comm.Iallgather([self._memory(tensor), byte], [self._memory(gathered), byte]),
         )
         return gathered
 
-    def _reduced(self, total: Tensor) -> Tensor:
-        """Sum in place. Not by Allreduce, whose sums may differ in their last bits among ranks."""
-        self._agree("all_reduce", total)
+    def _reduce(self, tensor: Tensor, operation: str) -> Tensor:
+        """Not by Allreduce, whose sums may differ in their last bits among ranks."""
+        total = tensor.detach().cpu().contiguous().clone()
+        if total.dtype not in self._types:
+            return self._send(total, operation).sum(0).to(tensor.device)
         here = [self._memory(total), self._types[total.dtype]]
         self._in_flight = (total,)
         if self.rank == 0:
-            self._wait("all_reduce", self.comm.Ireduce(self._engine.IN_PLACE, here))
+            self._wait(operation, self.comm.Ireduce(self._engine.IN_PLACE, here))
         else:
-            self._wait("all_reduce", self.comm.Ireduce(here, None))
+            self._wait(operation, self.comm.Ireduce(here, None))
         self._in_flight = (total,)
-        self._wait("all_reduce", self.comm.Ibcast(here))
-        return total
-
-    def _agree(self, operation: str, tensor: Tensor) -> None:
-        """Refuse calls that differ, on every rank alike: MPI would mix up their bytes.
-
-        A round of its own, as MPI's collectives take messages of one length.
-        """
-        self._check()
-        mine = described(operation, tensor).encode()[:_CALL].ljust(_CALL)
-        calls = bytearray(_CALL * self.size)
-        self._in_flight = (mine, calls)
-        self._wait(operation, self.comm.Iallgather(mine, calls))
-        if calls != mine * self.size:
-            texts = [calls[i : i + _CALL].decode().rstrip() for i in range(0, len(calls), _CALL)]
-            raise RuntimeError(f"MPI: {refused_calls(texts)}")
+        self._wait(operation, self.comm.Ibcast(here))
+        return total.to(tensor.device)
 
     def _memory(self, tensor: Tensor) -> Any:
         return self._engine.buffer.fromaddress(tensor.data_ptr(), tensor.nbytes)
 
     def _wait(self, operation: str, request: Engine.Request) -> None:
         """Until the request is done. Interrupted, its memory stays with us: MPI may yet write."""
-        began = time.perf_counter()
+        began, frames = time.perf_counter(), self._frames
+        look = min(SLICE, limit_of(self.timeout))
         while not request.Test():
             waited = time.perf_counter() - began
-            if waited > self.timeout:
-                self._ended = (
-                    f"MPI: {operation}: rank {self.rank} of {self.size} waited {self.timeout:g} s "
-                    "for other ranks; every rank must make the same calls, forward and backward: "
-                    "where loaders differ in length, iterate over "
-                    "syncbn.until_all_done(loader, comm), and where ranks take longer, pass a "
-                    "longer timeout. This communicator has ended"
-                )
-                raise RuntimeError(self._ended)
+            if waited >= look:
+                frames.look(operation, waited, self.timeout)
+                look = min(waited + SLICE, limit_of(self.timeout))
             if waited > 50e-6:
                 time.sleep(20e-6)
         self._in_flight = ()
 
-    def _check(self) -> None:
-        if self._ended is not None:
-            raise RuntimeError(self._ended)
+    def _notes(self) -> Notes:
+        return _Messages(self.comm)
+
+    def _members(self) -> tuple[str, list[int]]:
+        world = self._engine.COMM_WORLD.group
+        return "", list(self.comm.group.Translate_ranks(None, world))
+
+    def _check(self, operation: str, tensor: Tensor) -> None:
         if self._main_thread_only and not self._engine.Is_thread_main():
             raise RuntimeError(
                 f"MPI: rank {self.rank} expected a call from the thread that initialised MPI, as "
@@ -158,8 +140,27 @@ class MPI(Communicator):
             )
 
 
-def _on_cpu(tensor: Tensor) -> Tensor:
-    return tensor.detach().cpu().contiguous()
+class _Messages:
+    """Notes that each rank sends to all others, beside the collectives."""
+
+    def __init__(self, comm: Engine.Intracomm) -> None:
+        self._comm, self._received = comm, dict[int, str]()
+        self._sent: list[Any] = []  # their memory is MPI's until they have arrived
+
+    def leave(self, rank: int, note: str) -> None:
+        content = note.encode()
+        others = [other for other in range(self._comm.size) if other != rank]
+        self.read(others)  # nothing is left for MPI to keep
+        self._sent = [(sent, request) for sent, request in self._sent if not request.Test()]
+        self._sent += [(content, self._comm.Isend(content, other)) for other in others]
+
+    def read(self, ranks: Iterable[int]) -> dict[int, str]:
+        for rank in ranks:
+            while self._comm.Iprobe(rank):
+                content = bytearray(_NOTE)
+                self._comm.Recv(content, rank)
+                self._received[rank] = content.rstrip(b"\0").decode(errors="replace")
+        return self._received
 
 
 def _engine() -> Any:

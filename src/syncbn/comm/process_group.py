@@ -2,26 +2,37 @@
 
 from __future__ import annotations
 
+import logging
+import os
+import time
+import weakref
 from collections.abc import Callable
+from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh
-from torch.nn.parallel import DistributedDataParallel
 
-from .base import Communicator
-from .groups import is_alive, name_in_graphs, private
+from .channel import Channel, find_channel
+from .framed import Framed
+from .frames import Frames, Unsent
+from .groups import has_private, is_gloo, private, store_of, timeout_of
+from .waiting import SLICE, Notes, StoreNotes, limit_of
 
-_AVAILABLE = dist.is_available()
-_REMEDY = (
-    "pass None (the default group), a torch.distributed group that this rank belongs to, "
-    "a one-dimensional DeviceMesh or a syncbn.comm.Communicator"
+EXCHANGES = ("torch", "shared_memory")  # of SYNCBN_EXCHANGE
+_TEXT = 400  # bytes that a rank says at once
+_log = logging.getLogger("syncbn")
+_FRAMES: weakref.WeakKeyDictionary[dist.ProcessGroup, Frames] = weakref.WeakKeyDictionary()
+
+
+# How CPU tensors travel: None, by the group's own backend.
+_CHANNELS: weakref.WeakKeyDictionary[dist.ProcessGroup, Channel | None] = (
+    weakref.WeakKeyDictionary()
 )
 
 
-class ProcessGroup(Communicator):
+class ProcessGroup(Framed):
     """The ranks of a torch.distributed process group (gloo, nccl, ucc, mpi, …).
 
     Messages travel on a clone of the group, which its ranks make at their first collective: see
@@ -58,151 +69,163 @@ class ProcessGroup(Communicator):
         cpu = torch.device("cpu")
         return cpu if cpu in devices else devices[0]
 
-    def all_gather(self, tensor: Tensor) -> Tensor:
+    @property
+    def _frames(self) -> Frames:
+        found = _FRAMES.get(self.group)
+        if found is None:
+            found = _FRAMES[self.group] = Frames(self)
+        return found
+
+    def _notes(self) -> Notes:
+        return StoreNotes(store_of(self.group, self.group.group_name))
+
+    def _name(self) -> str:
+        return "ProcessGroup"
+
+    def _members(self) -> tuple[str, list[int]]:
+        return self.group.group_name, dist.get_process_group_ranks(self.group)
+
+    def _takes_frames(self, tensor: Tensor) -> bool:
+        return tensor.is_cpu or is_gloo(self.group, tensor.device.type)
+
+    def say(self, text: str, gather: Callable[[Tensor], Tensor] | None = None) -> list[str]:
+        """What every rank says."""
+        content = text.encode()[:_TEXT].ljust(_TEXT)
+        sent = torch.tensor(list(content), dtype=torch.float32, device=self.device)
+        rows = (gather or self.all_gather)(sent).to("cpu", torch.uint8).tolist()
+        return [bytes(row).decode(errors="replace").rstrip() for row in rows]
+
+    def _send(self, tensor: Tensor, operation: str) -> Tensor:
+        if tensor.is_cpu and is_gloo(self.group):
+            if self.group not in _CHANNELS:
+                _CHANNELS[self.group] = self._choose()
+            channel = _CHANNELS[self.group]
+            if channel is not None:
+                return channel.send(self, tensor, operation)
+        return self._by_backend(tensor, operation)
+
+    def _choose(self) -> Channel | None:
+        """Shared memory where all ranks have it, unless they are told otherwise."""
+        told = os.environ.get("SYNCBN_EXCHANGE", "")
+        if told not in ("", *EXCHANGES):
+            raise ValueError(
+                f"SYNCBN_EXCHANGE: expected {' or '.join(EXCHANGES)}, got {told!r} on rank "
+                f"{self.rank}; leave it unset to choose what is there"
+            )
+        unwilling = "SYNCBN_EXCHANGE is torch" if told == "torch" else ""
+
+        def say(text: str) -> list[str]:  # the way is not known yet
+            return self.say(text, lambda sent: self._by_backend(sent, "all_gather"))
+
+        timeout = timeout_of(self.group)
+        found = find_channel(say, self.rank, self.size, timeout, unwilling)
+        group = f"group {self.group.group_name!r} of {self.size} ranks"
+        if isinstance(found, Channel):
+            _log.info("%s exchanges through shared memory", group)
+            return found
+        if told == "shared_memory":
+            raise RuntimeError(
+                f"SYNCBN_EXCHANGE: expected ranks that share memory, but {found}; leave it unset "
+                "to use the group's own backend instead"
+            )
+        _log.info("%s exchanges through its own backend: %s", group, found)
+        return None
+
+    def _by_backend(self, tensor: Tensor, operation: str) -> Tensor:
         if self._direct(tensor):
             copies = tensor.expand(self.size, *tensor.shape).contiguous()
             gathered = torch.empty_like(copies)
-            self._run("all_gather", dist.all_to_all_single, gathered, copies)
+            self._run(operation, dist.all_to_all_single, gathered, copies)
         else:
             gathered = tensor.new_empty(self.size, *tensor.shape)
             # Not all_gather_into_tensor: some backends lack it, torch 2.13 warns of its new name.
             rows = list(gathered.unbind(0))
-            self._run("all_gather", dist.all_gather, rows, tensor.contiguous())
+            self._run(operation, dist.all_gather, rows, tensor.contiguous())
         return gathered
 
-    def all_reduce(self, tensor: Tensor) -> Tensor:
-        if self._direct(tensor):
-            return self.all_gather(tensor).sum(0)
+    def _reduce(self, tensor: Tensor, operation: str) -> Tensor:
         total = tensor.clone()
-        self._run("all_reduce", dist.all_reduce, total)
+        self._run(operation, dist.all_reduce, total)
         return total
 
     def _run(self, operation: str, collective: Callable[..., Any], *tensors: Any) -> None:
         """``collective(*tensors)`` in this group's private clone."""
-        if torch.compiler.is_compiling():
-            collective(*tensors, group=self.group)
-            return
         waiting = True  # for other ranks: their absence may be the cause of an error
         try:
+            if not has_private(self.group):
+                self._meet(operation)
             group = private(self.group)
             waiting = False
-            if tensors[-1].device.type == "cpu" or dist.get_backend(group) == "gloo":
+            if self._takes_frames(tensors[-1]):
                 work = collective(*tensors, group=group, async_op=True)
                 waiting = True
-                work.wait()
+                self._wait(work, operation)
             else:  # asynchronous, NCCL's would take a stream of their own
                 collective(*tensors, group=group)
+        except _InVain as error:
+            raise RuntimeError(str(error)) from None
         except RuntimeError as error:
-            raise type(error)(self._failure(operation, error, waiting)) from error
+            text, unsent = self._failure(operation, error, waiting)
+            raise (Unsent if unsent else type(error))(text) from error
 
-    def _failure(self, operation: str, error: RuntimeError, waiting: bool) -> str:
-        """The backends' errors name neither operation nor ranks."""
+    def _meet(self, operation: str) -> None:
+        """Wait until all ranks are about to make the private group, which takes all of them."""
+        store, began = store_of(self.group, f"{self.group.group_name}:here"), time.monotonic()
+        try:
+            self._notes().leave(self.rank, "")  # one from before, in the same store
+            store.set(str(self.rank), "")
+        except Exception:  # MPI's groups, and the fake ones of torch's tests, have none
+            return
+        pause, look = 0.001, SLICE
+        while not store.check([str(rank) for rank in range(self.size)]):
+            time.sleep(pause)
+            pause, waited = min(2 * pause, 0.05), time.monotonic() - began
+            longest = timeout_of(self.group)()
+            if waited >= min(look, limit_of(longest)):
+                self._look(operation, waited, longest)
+                look = waited + SLICE
+
+    def _look(self, operation: str, waited: float, longest: float) -> None:
+        try:
+            self._frames.look(operation, waited, longest)
+        except RuntimeError as error:
+            raise _InVain(str(error)) from None
+
+    def _wait(self, work: dist.Work, operation: str) -> None:
+        """Until the work is done, looking every second for a reason why it will not be."""
+        if not is_gloo(self.group):
+            work.wait()
+            return
+        began, longest = time.monotonic(), timeout_of(self.group)()
+        while True:
+            late = limit_of(longest) - (time.monotonic() - began)
+            try:
+                work.wait(timedelta(seconds=min(max(late, 0.01), SLICE)))
+                return
+            except RuntimeError:
+                if work.is_completed():  # meanwhile, rightly or not
+                    work.wait()
+                    return
+            waited = time.monotonic() - began
+            self._look(operation, waited, longest)
+
+    def _failure(self, operation: str, error: RuntimeError, waiting: bool) -> tuple[str, bool]:
+        """The backends' errors name neither operation nor ranks. And whether nothing was sent."""
         where = f"rank {self.rank} of {self.size} ({dist.get_backend(self.group)}): {error}"
         if not waiting and not isinstance(error, dist.DistError):
-            return f"ProcessGroup: {operation} could not be sent on {where}"
+            return f"ProcessGroup: {operation} could not be sent on {where}", True
+        frames = self._frames
+        why = frames.waiting.explain(frames.number, frames.text)
+        why = f"{where}; {why}" if why else where
         return (
-            f"ProcessGroup: {operation} failed on {where}; another rank has ended, is late by "
-            "the group's timeout, or makes other calls: see its error, and where loaders "
-            "differ in length iterate over syncbn.until_all_done(loader)"
-        )
+            f"ProcessGroup: {operation} failed on {why}; another rank has ended, is late by the "
+            "group's timeout, or makes other calls: see its error, and where loaders differ in "
+            "length iterate over syncbn.until_all_done(loader)"
+        ), False
 
     def _direct(self, tensor: Tensor) -> bool:
         return tensor.device.type == "cpu" and self.size <= self.direct_exchange_max_size
 
 
-class _Traced(ProcessGroup):
-    """A group while torch.compile traces: the graph knows it by its name."""
-
-    rank, size = 0, 1
-
-    def __init__(self, name: Any, rank: int, size: int) -> None:
-        self.group, self.rank, self.size = name, rank, size
-
-
-def default_group() -> ProcessGroup | None:
-    """The default group, or None where torch.distributed is missing or not initialised."""
-    world = dist.group.WORLD if _AVAILABLE else None
-    if world is None:
-        return None
-    return _Traced(*_facts(world)) if torch.compiler.is_compiling() else ProcessGroup(world)
-
-
-def from_torch(group: Any) -> ProcessGroup:
-    """:func:`_from_torch`, also while torch.compile traces."""
-    return _Traced(*_facts(group)) if torch.compiler.is_compiling() else _from_torch(group)
-
-
-def _facts(group: Any) -> tuple[str, int, int]:
-    """Rank and size of a group, and its clone's name."""
-    comm = _from_torch(getattr(group, "real_obj", group))  # which torch.compile has wrapped
-    return name_in_graphs(comm.group), comm.rank, comm.size
-
-
-# torch.compile calls it while it traces and traces anew for another group: of one that is used by
-# what it traces, it would guard no more than the type. See kernels/__init__.py.
-_facts._dynamo_marked_constant = True  # type: ignore[attr-defined]
-
-
-def _from_torch(group: Any) -> ProcessGroup:
-    """The communicator over a torch.distributed group or a one-dimensional DeviceMesh.
-
-    Raises:
-        TypeError: ``group`` is neither.
-        ValueError: torch.distributed is not initialised, this rank is not in the group, or the
-            mesh has more than one dimension.
-    """
-    if not _AVAILABLE:
-        raise ValueError(
-            f"process_group: got {group!r}, but this build of torch has no torch.distributed; "
-            "pass None or a syncbn.comm.Communicator"
-        )
-    # What new_group() hands to a rank that it leaves out is a number (-100).
-    left_out = isinstance(group, int) and group == dist.GroupMember.NON_GROUP_MEMBER
-    if not left_out and not isinstance(group, (dist.ProcessGroup, DeviceMesh)):
-        raise TypeError(f"process_group: got {type(group).__name__}; {_REMEDY}")
-    if not dist.is_initialized():
-        raise ValueError(
-            "process_group: got a torch.distributed group, but the default group is not "
-            "initialised (or was destroyed); call torch.distributed.init_process_group first"
-        )
-    if left_out:
-        raise ValueError(_not_a_member("the group given"))
-    if isinstance(group, DeviceMesh):
-        if group.ndim != 1:
-            raise ValueError(
-                f"process_group: expected a one-dimensional DeviceMesh, got {group.ndim} "
-                f"dimensions {group.mesh_dim_names or tuple(group.shape)}; pick one, for example "
-                "mesh['dp']"
-            )
-        if group.get_coordinate() is None:
-            raise ValueError(_not_a_member("the DeviceMesh given"))
-        group = group.get_group()
-    if not is_alive(group):
-        raise ValueError(
-            f"process_group: got a torch.distributed group of {group.size()} ranks that was "
-            "destroyed; make it anew after torch.distributed.init_process_group, and set it as "
-            "layer.process_group"
-        )
-    return ProcessGroup(group)
-
-
-def _not_a_member(what: str) -> str:
-    return f"process_group: rank {dist.get_rank()} is not in {what}; {_REMEDY}"
-
-
-def refuse_join() -> None:
-    """Refuse to communicate in DistributedDataParallel's ``join()``.
-
-    A rank that has joined stands in for DDP's collectives alone: a layer's would meet them, or
-    wait for ever.
-    """
-    ddp = getattr(DistributedDataParallel, "_active_ddp_module", None)
-    config = getattr(ddp, "_join_config", None)
-    if config is not None and config.enable and not config.throw_on_early_termination:
-        raise RuntimeError(
-            "sync_batch_norm: expected no DistributedDataParallel.join() around a synchronised "
-            f"layer, got one on rank {dist.get_rank()}: ranks that have joined take no part in "
-            "the layer's statistics, and the others would wait for them; iterate over "
-            "syncbn.until_all_done(loader) instead, or pass throw_on_early_termination=True to "
-            "join(). DistributedDataParallel stays in join()'s mode afterwards: wrap the model anew"
-        )
+class _InVain(RuntimeError):
+    """Why to wait no longer, in words that need no others."""

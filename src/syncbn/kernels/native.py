@@ -19,6 +19,7 @@ from torch.nn import Parameter
 from .. import library
 from ..numerics.reproducible import NUMBERS
 from ..tensors.layout import check_samples
+from ..tensors.operators import take_any_strides
 from .interface import NO_AFFINE, NO_RUNNING, Affine, Running, Statistics
 
 NAME = "native"
@@ -27,6 +28,8 @@ DEVICES: tuple[str, ...] = ("cpu",)
 _DTYPES = frozenset((torch.float32, torch.float64, torch.bfloat16, torch.float16))
 _TYPES = (Tensor, Parameter)
 _ops: Any = torch.ops.syncbn  # looks an operator up when it is first used
+# Those whose loops read x as it lies, and that return y or dx like it.
+_ANY_STRIDES = ("measure", "normalise", "gradient_sums", "input_gradient")
 _kept: list[torch.library.Library] = []
 _loading = threading.Lock()
 
@@ -211,3 +214,5 @@ def _register_shapes() -> None:
     }
     for name, shape in shapes.items():
         torch.library.register_fake(f"syncbn::{name}", shape)
+    for name in _ANY_STRIDES:
+        take_any_strides(getattr(_ops, name).default)

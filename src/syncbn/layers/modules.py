@@ -14,7 +14,7 @@ from ..comm import LOCAL, Unplaced, default_group, resolve
 from ..kernels import Affine, Running
 from ..step.checks import check_dims, check_input, check_options, check_shape, checked_dtype
 from ..step.dispatch import normalise
-from ..step.identity import take_number
+from ..step.identity import Number, take_number
 from ..step.masked import resolve_mask
 from ..step.records import Options
 from ..step.tracking import skip_nonfinite, skips_nonfinite
@@ -72,7 +72,7 @@ class SyncBatchNorm(_BatchNorm):
     reproducible: bool = False
     skip_nonfinite = property(skips_nonfinite, skip_nonfinite)
     _bn_momentum_patched = True  # pytorch-pfn-extras' checkpoint asks: one move is one move here
-    _identity: int | str  # see step/identity.py
+    _identity: Number | str  # see step/identity.py
     _mask_sources = cast(tuple[tuple[list[str], Any], ...], ())  # masking()'s, from the outermost
     _shapes: str = "(N, C, *)"
     _dims: tuple[int, ...] = ()
@@ -201,7 +201,7 @@ class SyncBatchNorm(_BatchNorm):
 
     def _state(self) -> dict[str, Any]:
         """What copies take over: masks belong to a context around this layer, a number to it."""
-        own = {"_mask_sources": tuple, "_identity": int}
+        own = {"_mask_sources": tuple, "_identity": Number}
         return {k: v for k, v in vars(self).items() if k not in own or not isinstance(v, own[k])}
 
     def __copy__(self) -> Self:

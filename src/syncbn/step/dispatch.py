@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from contextlib import suppress
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..comm import LOCAL, Replica, refuse_join, resolve
+from ..comm import LOCAL, Framed, Replica, refuse_join, resolve
 from ..kernels import Affine, Running
 from ..tensors.layout import (
     is_samplewise_contiguous,
@@ -23,7 +24,7 @@ from .dtensors import check_options_of_dtensor, normalise_dtensor
 from .exchange import Exchange, ReproducibleExchange
 from .function import normalise_parts
 from .fused import find_fused, normalise_fused
-from .identity import naming
+from .identity import speaking
 from .masked import check_mask, scatter_valid, select_valid, zero_masked
 from .mode import find_mode
 from .records import Call, Options, part_of
@@ -44,6 +45,30 @@ def normalise(
 
     skipped: where given, counts batches whose statistics are not finite and move nothing.
     """
+    try:
+        return _normalise(input, affine, running, options, mask, skipped)
+    except Exception as error:
+        if options.training and not find_mode(input, True).silent:
+            _tell_others(options.group, error)
+        raise
+
+
+def _tell_others(group: Any, error: Exception) -> None:
+    """That this rank raises: they wait for its message."""
+    with suppress(Exception):  # a group that is none, or was destroyed: nobody waits there
+        comm = resolve(group)
+        if isinstance(comm, Framed) and comm.size > 1 and not torch.compiler.is_compiling():
+            comm.give_up(error)
+
+
+def _normalise(
+    input: Tensor,
+    affine: Affine,
+    running: Running,
+    options: Options,
+    mask: Tensor | None,
+    skipped: Tensor | None,
+) -> Tensor:
     mode = find_mode(input, options.training)
     if mask is not None:
         check_input(input)
@@ -152,7 +177,8 @@ def _normalise_over_ranks(call: Call) -> Tensor:
         refuse_join()
     else:
         comm = LOCAL
-    comm, reproducible = naming(comm, call.options.layer), call.options.reproducible
+    reproducible, channels = call.options.reproducible, call.input.shape[1]
+    comm = speaking(comm, call.options.layer, channels, reproducible)
     exchange = ReproducibleExchange(comm, call.lengths) if reproducible else Exchange(comm)
     part = part_of(call.input, call.affine)
     return normalise_parts([part], call.running, call.options.eps, exchange)[0]

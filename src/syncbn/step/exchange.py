@@ -7,21 +7,29 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
-from ..comm import Communicator
+from ..comm import WANTS, Communicator
 from ..kernels import Running, SampleKernels, composite
-from ..numerics.moments import merge, stacked, unpack, wide_dtype
+from ..numerics.moments import merge, stacked, unpack
 from ..tensors.layout import samplewise_contiguous
 from ..tensors.storages import held_in_graph
+from .identity import Speaker, towards
 from .records import Normalised, Part
 
 
 class Gathered(NamedTuple):
-    """sets: packed moments (k, 1 + 2C); wanting: (W,), which ranks want a gradient."""
+    """sets: packed moments (k, 1 + 2C); flags: each rank's, of which WANTS is not zero where it
+    wants a gradient; on a device (W,), which ranks do.
+    """
 
     sets: Tensor
-    wanting: Tensor
+    flags: Sequence[int] | Tensor
+
+    def is_gradient_wanted(self) -> bool:
+        """By any rank."""
+        if isinstance(self.flags, Tensor):
+            return bool(self.flags.any())
+        return any(flag & WANTS for flag in self.flags)
 
 
 class Sums(NamedTuple):
@@ -43,16 +51,17 @@ class Exchange:
     def __init__(self, comm: Communicator) -> None:
         self.comm = comm
 
-    def gather(self, parts: Sequence[Part], wants_gradient: bool, running: Running) -> Gathered:
-        """What all ranks measured. parts: this rank's; running: what is to move afterwards."""
-        # One number before the payload: whether this rank wants a gradient.
+    def gather(self, parts: Sequence[Part], flags: int, running: Running) -> Gathered:
+        """What all ranks measured. parts: this rank's; flags: what it says beside them;
+        running: what is to move afterwards.
+        """
+        comm, own = self.comm, self._measure(parts)
         if torch.compiler.is_compiling():
-            header = _header_in_graph(parts[0], wants_gradient, running)
-            sent = torch.cat((header, self._measure(parts)))
-        else:
-            sent = pad(self._measure(parts), (1, 0), value=float(wants_gradient))
-        received = self.comm.all_gather(sent)
-        return Gathered(self._merged(parts, received[:, 1:]), received[:, 0])
+            own = _held_in_graph(own, parts[0], running)
+        if not isinstance(comm, Speaker):
+            return Gathered(self._merged(parts, own.unsqueeze(0)), (flags,))
+        rows, said = comm.tell(own, flags)
+        return Gathered(self._merged(parts, rows), said)
 
     def reduce(self, parts: Sequence[Normalised], dys: Sequence[Tensor]) -> Sums:
         """The sums of all ranks. dys (N, C, *): the gradients of this rank's parts."""
@@ -61,7 +70,10 @@ class Exchange:
             for part, dy in zip(parts, dys, strict=True)
         ]
         own = sums[0] if len(sums) == 1 else stacked(sums).sum(0)
-        return Sums(sums, self.comm.all_reduce(own))
+        total = towards("backward", self.comm).all_reduce(own)
+        if torch.compiler.is_compiling():  # a graph leaves out messages that nothing depends on
+            sums = held_in_graph({"sums": sums[0]}, {"the sums of all ranks": total})
+        return Sums(sums, total)
 
     def _measure(self, parts: Sequence[Part]) -> Tensor:
         """What this rank has to tell of its parts: a tensor of one dimension."""
@@ -73,13 +85,12 @@ class Exchange:
         return received
 
 
-def _header_in_graph(part: Part, wants_gradient: bool, running: Running) -> Tensor:
-    """The header, before which all is seen to be held that is read after the message."""
+def _held_in_graph(own: Tensor, part: Part, running: Running) -> Tensor:
+    """What a rank is about to send, once all is seen to be held that is read after the message."""
     x, (weight, bias) = part.x, part.affine
-    header = x.new_full((1,), float(wants_gradient), dtype=wide_dtype(x.device))
     read = {"input": x, "weight": weight, "bias": bias}
     moved = {"running_mean": running.mean, "running_var": running.var}
-    return held_in_graph({"header": header}, read | moved)[0]
+    return held_in_graph({"moments": own}, read | moved)[0]
 
 
 class ReproducibleExchange(Exchange):
@@ -99,7 +110,7 @@ class ReproducibleExchange(Exchange):
         (part,), dy, samples = parts, samplewise_contiguous(dys[0]), _samples(parts)
         sent = samples.gradient_sums_samples(dy, part.x, part.statistics, self.lengths)
         own = samples.total_samples(sent.unsqueeze(0))
-        return Sums((own,), samples.total_samples(self.comm.all_gather(sent)))
+        return Sums((own,), samples.total_samples(towards("backward", self.comm).all_gather(sent)))
 
     def _measure(self, parts: Sequence[Part]) -> Tensor:
         (part,) = parts

@@ -14,11 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..comm import MAY, WANTS
 from ..kernels import Affine, Implementation, Running, Statistics
 from ..tensors.storages import check_held, held_in_graph
 from .checks import refuse_single_value
 from .derivatives import differentiable_gradients, with_bits
 from .exchange import Exchange, Gathered
+from .identity import Speaker, towards
 from .mode import find_backward_mode
 from .records import Normalised, Part
 
@@ -31,15 +33,18 @@ def normalise_parts(
     tensors = [tensor for part in parts for tensor in (part.x, *part.affine)]
     grad_enabled = torch.is_grad_enabled()
     wants_gradient = grad_enabled and any(t is not None and t.requires_grad for t in tensors)
+    compiling = torch.compiler.is_compiling()
+    may = wants_gradient or (grad_enabled and not compiling)
+    flags = (WANTS if wants_gradient else 0) | (MAY if may else 0)
     # A rank none of whose tensors want a gradient still owes its peers a backward if one of them
     # does. An empty tensor that wants one gives it a graph; forward takes the graph away again
     # when the ranks turn out to agree that nobody needs it. A compiled graph is fixed before.
     grad_anchor = None
     alone = wants_gradient or exchange.comm.size == 1
-    if grad_enabled and not alone and not torch.compiler.is_compiling():
+    if grad_enabled and not alone and not compiling:
         grad_anchor = torch.empty(0, device=parts[0].x.device, requires_grad=True)
     result: tuple[Tensor, ...] = _SyncBatchNorm.apply(  # type: ignore[no-untyped-call]
-        *(exchange, kernels, eps, wants_gradient, grad_anchor, *running, *tensors)
+        *(exchange, kernels, eps, flags, grad_anchor, *running, *tensors)
     )
     return result
 
@@ -54,15 +59,15 @@ class _SyncBatchNorm(torch.autograd.Function):
         exchange: Exchange,
         kernels: Sequence[Implementation],
         eps: float,
-        wants_gradient: bool,
+        flags: int,
         grad_anchor: Tensor | None,
         *rest: Any,
     ) -> tuple[Tensor, ...]:
         running = Running(*rest[:4])
         each = zip(kernels, _groups(rest[4:], 3), strict=True)
         parts = [Part(k, x, Affine(*affine)) for k, (x, *affine) in each]
-        gathered = exchange.gather(parts, wants_gradient, running)
-        _check_count(parts, gathered, exchange, wants_gradient)
+        gathered, wants_gradient = exchange.gather(parts, flags, running), bool(flags & WANTS)
+        _check_count(parts, gathered, exchange, flags)
         ys, statistics = [], []
         for k, x, affine in parts:
             sets = gathered.sets if len(parts) == 1 else gathered.sets.to(x.device)
@@ -70,7 +75,7 @@ class _SyncBatchNorm(torch.autograd.Function):
             ys.append(y)
             statistics.append(found)
             running = Running()  # moved by the first
-        if wants_gradient or (grad_anchor is not None and bool(gathered.wanting.any())):
+        if wants_gradient or (grad_anchor is not None and gathered.is_gradient_wanted()):
             saved = zip(parts, statistics, strict=True)
             ctx.save_for_backward(*(t for p, s in saved for t in (p.x, p.affine.weight, *s)))
             ctx.biases = [part.affine.bias for part in parts]  # for their dtypes
@@ -81,33 +86,44 @@ class _SyncBatchNorm(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *dys: Tensor) -> tuple[Tensor | None, ...]:
-        exchange, saved = ctx.exchange, ctx.saved_tensors
-        each = zip(ctx.kernels, _groups(saved, 5), strict=True)
-        parts = [Normalised(k, x, weight, Statistics(*found)) for k, (x, weight, *found) in each]
-        mode = find_backward_mode(dys)
-        if mode.compiling:
-            parts = [_held_in_graph(parts[0], dys[0])]
-        else:  # before any message
-            for part, dy in zip(parts, dys, strict=True):
-                check_held({"the output's gradient": dy, "input": part.x, "weight": part.weight})
-                check_held(part.statistics._asdict())
-        wanted = _groups(ctx.needs_input_grad[_FIRST:], 3)
-        if mode.differentiable:
-            xs, weights = [part.x for part in parts], [part.weight for part in parts]
-            found = differentiable_gradients(dys, xs, weights, ctx.eps, exchange.comm)
-            if exchange.reproducible and not mode.transforming:
-                with torch.no_grad():
-                    bits = _gradients(parts, dys, exchange, wanted)
-                pairs = zip(found, bits, strict=True)
-                found = [(with_bits(dx, value), sums) for (dx, sums), (value, _) in pairs]
-        else:
-            found = _gradients(parts, dys, exchange, wanted)
-        gradients: list[Tensor | None] = []
-        for part, bias, wants, (dx, sums) in zip(parts, ctx.biases, wanted, found, strict=True):
-            _, wants_weight, wants_bias = wants
-            affine = Affine(part.weight if wants_weight else None, bias if wants_bias else None)
-            gradients += dx, *parameter_gradients(sums, affine)
-        return *(None,) * _FIRST, *gradients
+        try:
+            return _backward(ctx, dys)
+        except Exception as error:
+            comm = ctx.exchange.comm
+            if isinstance(comm, Speaker):
+                comm.give_up(error)
+            raise
+
+
+def _backward(ctx: Any, dys: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
+    exchange, saved = ctx.exchange, ctx.saved_tensors
+    each = zip(ctx.kernels, _groups(saved, 5), strict=True)
+    parts = [Normalised(k, x, weight, Statistics(*found)) for k, (x, weight, *found) in each]
+    mode = find_backward_mode(dys)
+    if mode.compiling:
+        parts = [_held_in_graph(parts[0], dys[0])]
+    else:  # before any message
+        for part, dy in zip(parts, dys, strict=True):
+            check_held({"the output's gradient": dy, "input": part.x, "weight": part.weight})
+            check_held(part.statistics._asdict())
+    wanted = _groups(ctx.needs_input_grad[_FIRST:], 3)
+    if mode.differentiable:
+        xs, weights = [part.x for part in parts], [part.weight for part in parts]
+        comm = towards("differentiable backward", exchange.comm)
+        found = differentiable_gradients(dys, xs, weights, ctx.eps, comm)
+        if exchange.reproducible and not mode.transforming:
+            with torch.no_grad():
+                bits = _gradients(parts, dys, exchange, wanted)
+            pairs = zip(found, bits, strict=True)
+            found = [(with_bits(dx, value), sums) for (dx, sums), (value, _) in pairs]
+    else:
+        found = _gradients(parts, dys, exchange, wanted)
+    gradients: list[Tensor | None] = []
+    for part, bias, wants, (dx, sums) in zip(parts, ctx.biases, wanted, found, strict=True):
+        _, wants_weight, wants_bias = wants
+        affine = Affine(part.weight if wants_weight else None, bias if wants_bias else None)
+        gradients += dx, *parameter_gradients(sums, affine)
+    return *(None,) * _FIRST, *gradients
 
 
 def _held_in_graph(part: Normalised, dy: Tensor) -> Normalised:
@@ -153,9 +169,7 @@ def parameter_gradients(sums: Tensor, affine: Affine) -> tuple[Tensor | None, Te
     return dweight, dbias
 
 
-def _check_count(
-    parts: Sequence[Part], gathered: Gathered, exchange: Exchange, wants_gradient: bool
-) -> None:
+def _check_count(parts: Sequence[Part], gathered: Gathered, exchange: Exchange, flags: int) -> None:
     """Refuse a globally single value per channel, on every rank alike.
 
     Only a rank with at most one value of its own needs to look at the sum, which on an
@@ -163,8 +177,8 @@ def _check_count(
     """
     own = sum(part.x.numel() // part.x.shape[1] for part in parts)
     if torch.compiler.is_compiling():
-        alone = torch.is_grad_enabled() and not wants_gradient
-        _check_in_graph(own, gathered.sets, gathered.wanting if alone else None)
+        wanting = None if flags & WANTS else gathered.flags
+        _check_in_graph(own, gathered.sets, wanting if isinstance(wanting, Tensor) else None)
     elif own <= 1 and gathered.sets[:, 0].sum().item() == 1:
         shapes = [part.x.shape for part in parts]
         refuse_single_value(shapes, exchange.comm.rank, exchange.comm.size)

@@ -1,28 +1,63 @@
 """Which layer a call is of, in words that are the same on every rank.
 
-A layer that convert() met is known by its name in that model. Another has a number: processes that
-make the same layers in the same order give them the same ones. Ranks that are threads of a process
-share its count, so there the class must do.
+A layer that convert() met is known by its name in that model; another by the one that it has in the
+model that first runs it. A layer that runs by itself has a number: processes that make the same
+layers in the same order give them the same ones.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
-from itertools import count
+from types import FrameType
+from typing import Any, cast
+from zlib import crc32
 
 import torch
 import torch.nn as nn
 from torch import Tensor
+from torch.nn.functional import pad
 
-from ..comm import Communicator, Threads
+from ..comm import WANTS, Caller, Communicator, Framed, Received, Threads
+from ..comm.frames import DesyncError
 
-_numbers = count(1)
+
+class Counter:
+    """Which layers have been made so far, in this process or on one communicator of it.
+
+    trail: their kinds, in 32 bits.
+    """
+
+    def __init__(self) -> None:
+        self.made = self.trail = 0
+
+    def count(self, layer: nn.Module) -> int:
+        kind = f"{type(layer).__name__} {vars(layer).get('num_features')}"
+        self.made, self.trail = self.made + 1, crc32(kind.encode(), self.trail)
+        return self.made
+
+
+_process = Counter()
+_wrappers = ("syncbn", "torch.nn.parallel", "torch.distributed", "torch._dynamo")
+
+
+_UNKNOWN = Caller()
+
+
+class Number:
+    """The place of a layer among those that a counter has counted."""
+
+    def __init__(self, counter: Counter, layer: nn.Module) -> None:
+        self.counter, self.value = counter, counter.count(layer)
+        # When it first speaks: its name in the model that runs it, and the counter's trail, as
+        # what a process makes later says nothing of this number.
+        self.name, self.trail = "", 0
 
 
 def take_number(layer: nn.Module) -> None:
     """Give a layer a number, unless it is known by something."""
     if "_identity" not in vars(layer):
-        vars(layer)["_identity"] = next(_numbers)
+        vars(layer)["_identity"] = Number(_counter_of(getattr(layer, "process_group", None)), layer)
 
 
 def take_name(layer: nn.Module, name: str) -> None:
@@ -30,50 +65,149 @@ def take_name(layer: nn.Module, name: str) -> None:
 
     A name in a part of the model that it is known in already says less.
     """
-    known = str(vars(layer).get("_identity", ""))
+    known = vars(layer).get("_identity", "")
+    known = known if isinstance(known, str) else ""
     if name and known != name and not known.endswith(f".{name}"):
         vars(layer)["_identity"] = name
     take_number(layer)
 
 
-def identity_of(layer: nn.Module | None, *, counted: bool = True) -> str:
+def identity_of(layer: nn.Module | None) -> str:
     """A layer's name, or class and number. None: a call of sync_batch_norm without a layer."""
+    return _caller(layer, None).layer
+
+
+def _counter_of(group: Any) -> Counter:
+    """Ranks that are threads share their process's layers, but not their communicators."""
+    if isinstance(group, Communicator):
+        return cast(Counter, vars(group).setdefault("_layers", Counter()))
+    return _process
+
+
+def _caller(layer: nn.Module | None, comm: Communicator | None) -> Caller:
+    """Who calls, but not yet what for."""
     if layer is None:
-        return "sync_batch_norm"
+        return Caller(layer="sync_batch_norm", named=True)
     take_number(layer)  # one that became ours by hand
     found = vars(layer)["_identity"]
     if isinstance(found, str):
-        return found
-    return f"{type(layer).__name__} {found}" if counted else type(layer).__name__
+        return Caller(layer=found, named=True)
+    if comm is not None and not found.trail:
+        found.trail = found.counter.trail
+        _find_names_in_model(layer)
+    name = found.name or f"{type(layer).__name__} {found.value}"
+    if isinstance(comm, Threads) and found.counter is not _counter_of(comm):
+        return Caller(layer=found.name or type(layer).__name__, found=bool(found.name))
+    return Caller(layer=name, found=bool(found.name), number=found.value, trail=found.trail)
 
 
-def naming(comm: Communicator, layer: nn.Module | None) -> Communicator:
-    """The communicator for a call of a layer: its errors name the layer.
+def _find_names_in_model(layer: nn.Module) -> None:
+    """Name the layers of the outermost module that is running now and that has this one.
+
+    It may be part of another on some ranks, to log for example: comm/frames.py takes care of that.
+    """
+    frame: FrameType | None = sys._getframe()
+    outermost = None
+    while frame is not None:
+        if frame.f_code is nn.Module._call_impl.__code__:
+            module = frame.f_locals["self"]
+            wraps = type(module).__module__.startswith(_wrappers)
+            if not wraps and any(part is layer for part in module.modules()):
+                outermost = module
+        frame = frame.f_back
+    for name, part in outermost.named_modules() if outermost is not None else ():
+        known = vars(part).get("_identity")
+        if isinstance(known, Number):
+            known.name = known.name or name
+
+
+def speaking(
+    comm: Communicator,
+    layer: nn.Module | None,
+    channels: int,
+    reproducible: bool = False,
+    direction: str = "forward",
+) -> Communicator:
+    """The communicator for a call of a layer, which tells the other ranks whose call it is.
 
     A graph that read the name would serve this layer only, where a block that is compiled once
     serves many.
     """
-    if comm.size == 1 or torch.compiler.is_compiling():
+    if comm.size == 1:
         return comm
-    return _Naming(comm, identity_of(layer, counted=not isinstance(comm, Threads)))
+    found = _UNKNOWN if torch.compiler.is_compiling() else _caller(layer, comm)
+    return Speaker(comm, Caller(direction, found.layer, channels, reproducible, *found[4:]))
 
 
-class _Naming(Communicator):
+def towards(direction: str, comm: Communicator) -> Communicator:
+    """The same for another direction, where the communicator tells any."""
+    if not isinstance(comm, Speaker):
+        return comm
+    return Speaker(comm.comm, comm.caller._replace(direction=direction))
+
+
+class Speaker(Communicator):
+    """A communicator on which one layer speaks. Errors name it, and so do the messages of those
+    communicators that are ours.
+    """
+
     rank = size = 0  # set below
 
-    def __init__(self, comm: Communicator, layer: str) -> None:
-        self._comm, self._layer, self.rank, self.size = comm, layer, comm.rank, comm.size
+    def __init__(self, comm: Communicator, caller: Caller) -> None:
+        self.comm, self.caller, self.rank, self.size = comm, caller, comm.rank, comm.size
+
+    def tell(self, tensor: Tensor, flags: int) -> Received:
+        """Every rank's tensor (*), and what it says beside it: see comm/frames.py."""
+        received: Received = self._run(self._told, tensor, flags)
+        return received
 
     def all_gather(self, tensor: Tensor) -> Tensor:
-        return self._run(self._comm.all_gather, tensor)
+        if isinstance(self.comm, Framed):
+            return self.tell(tensor, 0).rows.contiguous()
+        gathered: Tensor = self._run(self._gathered, tensor)
+        return gathered
 
     def all_reduce(self, tensor: Tensor) -> Tensor:
-        return self._run(self._comm.all_reduce, tensor)
+        total: Tensor = self._run(self._reduced, tensor)
+        return total
 
-    def _run(self, collective: Callable[[Tensor], Tensor], tensor: Tensor) -> Tensor:
+    def give_up(self, error: Exception) -> None:
+        """Tell the other ranks that this one raises instead of calling."""
+        if isinstance(self.comm, Framed):
+            self.comm.give_up(error)
+
+    def _told(self, tensor: Tensor, flags: int) -> Received:
+        if isinstance(self.comm, Framed):
+            return self.comm.gather(tensor, self.caller, flags)
+        received = self._gathered(pad(tensor, (1, 0), value=float(flags & WANTS)))
+        return Received(received[:, 1:], received[:, 0])
+
+    def _gathered(self, tensor: Tensor) -> Tensor:
+        return self._checked("all_gather", self.comm.all_gather(tensor), (self.size, *tensor.shape))
+
+    def _reduced(self, tensor: Tensor) -> Tensor:
+        if isinstance(self.comm, Framed):
+            return self.comm.reduce(tensor, self.caller)
+        return self._checked("all_reduce", self.comm.all_reduce(tensor), tuple(tensor.shape))
+
+    def _checked(self, operation: str, received: Tensor, shape: tuple[int, ...]) -> Tensor:
+        """What somebody's own communicator brings, which may have another size than it says."""
+        if tuple(received.shape) != shape:
+            raise RuntimeError(
+                f"{type(self.comm).__name__}: expected {operation} among its {self.size} ranks to "
+                f"return shape {shape}, got {tuple(received.shape)} on rank {self.rank}; its size "
+                "and its collectives must tell of the same ranks"
+            )
+        return received
+
+    def _run(self, collective: Callable[..., Any], *arguments: Any) -> Any:
+        if torch.compiler.is_compiling():  # what is raised when a graph runs has no layer
+            return collective(*arguments)
         try:
-            return collective(tensor)
+            return collective(*arguments)
+        except DesyncError:  # which says whose calls differ
+            raise
         except RuntimeError as error:
             if error.args and isinstance(error.args[0], str):  # MPI's hold numbers
-                error.args = (f"{error.args[0]}; in layer {self._layer!r}", *error.args[1:])
+                error.args = (f"{error.args[0]}; in layer {self.caller.layer!r}", *error.args[1:])
             raise

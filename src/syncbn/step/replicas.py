@@ -13,7 +13,7 @@ from ..kernels import Affine
 from .checks import check_not_reproducible
 from .exchange import Exchange
 from .function import normalise_parts
-from .identity import naming
+from .identity import speaking
 from .records import Call, Part, part_of
 
 
@@ -46,7 +46,8 @@ def _normalise_all(shares: list[_Share]) -> Sequence[Tensor]:
     outer = first.comm.outer
     if outer.size > 1:
         refuse_join()
-    exchange = Exchange(naming(outer, first.options.layer) if outer.size > 1 else LOCAL)
+    channels = first.input.shape[1]
+    exchange = Exchange(speaking(outer, first.options.layer, channels) if outer.size > 1 else LOCAL)
     with torch.set_grad_enabled(any(share.wants_graph for share in shares)):
         return normalise_parts(
             [share.part for share in shares], first.running, first.options.eps, exchange

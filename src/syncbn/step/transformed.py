@@ -22,7 +22,7 @@ from ..tensors.transforms import (
 from .checks import check_options, refuse_single_value
 from .collectives import gather
 from .derivatives import graph_dependency
-from .identity import naming
+from .identity import speaking
 from .masked import zero_masked
 from .records import Call
 
@@ -52,8 +52,10 @@ def _in_steps(call: Call, x: Tensor, mask: Tensor | None) -> Tensor:
     if comm.size == 1:
         sets = packed.unsqueeze(0)
     else:
-        named = naming(comm, call.options.layer)
-        sets = gather(packed + graph_dependency(*call.affine), named)
+        speaker = speaking(
+            comm, call.options.layer, x.shape[1], direction="forward within a transform"
+        )
+        sets = gather(packed + graph_dependency(*call.affine), speaker)
     may_be_single = not x.is_meta and (mask is not None or x.numel() // x.shape[1] <= 1)
     if may_be_single and any_element_is_one(sets[:, 0].sum()):
         refuse_single_value([x.shape], comm.rank, comm.size)

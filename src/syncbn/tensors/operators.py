@@ -16,3 +16,13 @@ def define(schema: str, function: Callable[..., Any], shapes: Callable[..., Any]
     _library.define(schema)  # type: ignore[no-untyped-call]
     _library.impl(name, function, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
     torch.library.register_fake(f"syncbn::{name}", shapes, lib=_library)
+    take_any_strides(getattr(torch.ops.syncbn, name).default)
+
+
+def take_any_strides(operator: Any) -> None:
+    """Let compiled graphs give an operator tensors as they lie.
+
+    Else inductor, which lays convolutions out anew, makes a copy for each operator that takes the
+    tensor, with the strides that it had in eager mode. The libtorch library cannot say this itself.
+    """
+    operator._tags = [*operator.tags, torch.Tag.flexible_layout]

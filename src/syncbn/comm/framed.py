@@ -1,0 +1,115 @@
+"""Communicators whose messages are frames: those of torch.distributed, memory, threads, MPI."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from . import tracing
+from .base import Communicator, described
+from .frames import DesyncError, Frames, Received
+from .headers import NOBODY, WANTS, Caller
+from .waiting import Notes
+
+
+class Framed(Communicator):
+    """A communicator whose messages are frames (frames.py).
+
+    Its calls are compared by what they are for, if a caller says so, and by operation, shape and
+    dtype. Ranks that have raised DesyncError may go on from there, together.
+    """
+
+    name_in_graphs = ""  # see graphs.py
+    direct_exchange_max_size = sys.maxsize  # ranks that reduce by gathering: one round
+
+    @property
+    def _frames(self) -> Frames:
+        """This communicator's calls so far."""
+        found: Frames | None = vars(self).get("_calls_so_far")
+        if found is None:
+            found = vars(self)["_calls_so_far"] = Frames(self)
+        return found
+
+    def _notes(self) -> Notes | None:
+        """Where ranks that wait or give up say so; None where the engine has its own means."""
+        return None
+
+    def _name(self) -> str:
+        """What errors begin with."""
+        return type(self).__name__
+
+    def _members(self) -> tuple[str, Sequence[int] | None]:
+        """A name that no other communicator of these processes has, the same on all ranks, and
+        which process of the job each rank is; None where all are this one."""
+        return "", None
+
+    def _check(self, operation: str, tensor: Tensor) -> None:
+        """Refuse a call that cannot be made, before its message."""
+
+    def give_up(self, error: BaseException) -> None:
+        """Tell the other ranks that the call they wait for will not come: this rank raises."""
+        if isinstance(error, DesyncError) or type(error).__name__ == "_StopRecomputationError":
+            return  # the others know; a checkpoint that has recomputed what it needs goes on
+        frames = self._frames
+        number, words = frames.number + 1, f"{type(error).__name__}: {error}"
+        frames.waiting.give_up(number, words)
+        tracing.give_up(frames.place, number, words)
+
+    def _takes_frames(self, tensor: Tensor) -> bool:
+        """Whether a tensor's message is a frame: the comparison of headers takes the CPU."""
+        return True
+
+    def _send(self, tensor: Tensor, operation: str) -> Tensor:
+        """Every rank's tensor (n,), of one size and dtype on all: (W, n).
+
+        operation: what errors call it. Raises Unsent where nothing has left this rank.
+        """
+        raise NotImplementedError
+
+    def _reduce(self, tensor: Tensor, operation: str) -> Tensor:
+        """The sum over ranks, of a tensor that they are seen to agree on, for more ranks."""
+        raise NotImplementedError
+
+    def all_gather(self, tensor: Tensor) -> Tensor:
+        if not self._takes_frames(tensor):
+            return self._beside(self._send, tensor, "all_gather", NOBODY)
+        return self.gather(tensor, NOBODY, 0).rows.contiguous()
+
+    def all_reduce(self, tensor: Tensor) -> Tensor:
+        return self.reduce(tensor, NOBODY)
+
+    def gather(self, tensor: Tensor, caller: Caller, flags: int) -> Received:
+        """:meth:`all_gather`, and what each rank says beside it."""
+        if not self._takes_frames(tensor):
+            sent = pad(tensor.reshape(-1), (1, 0), value=float(flags & WANTS))
+            received = self._beside(self._send, sent, "all_gather", caller)
+            return Received(received[:, 1:].reshape(-1, *tensor.shape), received[:, 0])
+        rows, said = self._frames.exchange(self, "all_gather", tensor, caller, flags)
+        return Received(rows if tensor.is_cpu else rows.to(tensor.device), said)
+
+    def reduce(self, tensor: Tensor, caller: Caller) -> Tensor:
+        """:meth:`all_reduce` for a caller."""
+        if not self._takes_frames(tensor):
+            return self._beside(self._reduce, tensor, "all_reduce", caller)
+        if self.size <= self.direct_exchange_max_size:
+            rows, _ = self._frames.exchange(self, "all_reduce", tensor, caller, 0)
+            return rows.sum(0, dtype=tensor.dtype).to(tensor.device)
+        self._frames.exchange(self, "all_reduce", tensor, caller, 0, inside=False)
+        return self._frames.kept(self._reduce, tensor, "all_reduce")
+
+    def _beside(
+        self,
+        message: Callable[[Tensor, str], Tensor],
+        tensor: Tensor,
+        operation: str,
+        caller: Caller,
+    ) -> Tensor:
+        """A message that is no frame; traces show it."""
+        if torch.compiler.is_compiling() or not tracing.active:
+            return message(tensor, operation)
+        place, words = self._frames.place.beside(), f"{described(operation, tensor)}{caller}"
+        return tracing.recorded(place, words, lambda: message(tensor, operation))

@@ -1,0 +1,194 @@
+"""What ranks say before what they send: so ranks out of step read it, and no message surprises.
+
+Every message of a Framed communicator (framed.py) begins with a header: who calls, for what. A rank
+that receives the headers of all knows whether they agree, and so do the others, from the same
+bytes. Where they do not, each says in words what it called, and all raise the same DesyncError.
+
+Engines want messages of one size, and gloo aborts the process that gets another. So the size of a
+frame is a function of what all ranks know alike, the headers that they agreed on so far: as large
+as what followed the last one before. What does not fit goes into a second message, whose size is
+known once the headers agree. From the second step on there is none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import tracing
+from .base import described
+from .exchanges import DONE, Place
+from .headers import MAY, VERSION, WANTS, Caller, Head, Kind, agree, kind_of, may_be_parts
+from .packing import HEAD, HEADER, frame_of, heads_of, plain, rows_of
+from .waiting import Waiting
+
+if TYPE_CHECKING:
+    from .framed import Framed
+
+_ACCOUNT = 64  # words in which a rank says what it called
+_FIRST = 64  # words of a frame, beside the header, where nothing is known
+_KEPT = 10_000  # calls whose followers are remembered
+_REMEDY = (
+    "every rank must run the same layers in the same order, and backward where the others do: look "
+    "for a branch that some ranks take, a layer that eval() or torch.no_grad() leaves out on some, "
+    "loaders of different lengths (iterate over syncbn.until_all_done(loader)), and options or "
+    "convert(where=...) that differ"
+)
+
+
+class DesyncError(RuntimeError):
+    """Ranks are out of step: what they call differs. Raised on every rank alike.
+
+    layer: the name of the layer that this rank called; "" where no layer called.
+    ranks: what each rank called, in words, by its number.
+    """
+
+    def __init__(self, text: str, layer: str = "", ranks: dict[int, str] | None = None) -> None:
+        super().__init__(text)
+        self.layer, self.ranks = layer, ranks or {}
+
+
+class Unsent(RuntimeError):
+    """A message that no other rank knows of."""
+
+
+class Received(NamedTuple):
+    """rows: every rank's tensor (W, *); flags: every rank's; on a device (W,)."""
+
+    rows: Tensor
+    flags: Sequence[int] | Tensor
+
+
+class Frames:
+    """The calls on one communicator, as one of its ranks sees them."""
+
+    def __init__(self, comm: Framed) -> None:
+        self.number, self.text = 0, ""  # of the last call
+        self.waiting = Waiting(comm._name(), comm.rank, comm.size, comm._notes())
+        self.place = Place(comm)
+        self._kinds: dict[tuple[object, ...], Kind] = {}
+        self._last = 0  # the digest of the last call that ranks agreed on
+        self._followed: dict[int, int] = {}  # by as many words at most
+        self._one_layer: set[tuple[int, ...]] = set()  # of which headers say so by other names
+
+    def exchange(
+        self,
+        comm: Framed,
+        operation: str,
+        tensor: Tensor,
+        caller: Caller,
+        flags: int,
+        inside: bool = True,
+    ) -> Received:
+        """Every rank's tensor, where it is sent inside of frames, once all make this call."""
+        self.waiting.check()
+        comm._check(operation, tensor)
+        kind = self._kind(operation, tensor, caller)
+        try:
+            content = plain(tensor if inside else tensor.new_empty(0))
+        except Exception as error:  # there is nothing in it, or no memory left
+            if not caller.direction:  # a layer tells of its own errors
+                comm.give_up(error)
+            raise
+        self.number, self.text = self.number + 1, kind.text
+        self.waiting.withdraw(self.number, self.text)
+        head = HEAD.pack(VERSION << 32 | flags, kind.digest, self.number, kind.layer)
+        room, words = self._followed.get(self._last, _FIRST), -(-content.nbytes // 16) * 2
+        frame = frame_of(head, content, max(words, room))
+        fits = words <= room
+        received = self.kept(comm._send, frame if fits else frame[: HEADER + room], operation)
+        heads = heads_of(received)
+        if not (agree(heads) and self._is_one_layer(comm, heads, operation, caller)):
+            differ = self._desync(comm, heads, operation, caller)
+            tracing.fail(self.place, differ)
+            raise differ
+        if len(self._followed) > _KEPT:
+            self._followed.clear()
+        self._followed[self._last] = words if words > room else (words + room) // 4 * 2
+        self._last = kind.digest
+        if not fits:
+            rest = self.kept(comm._send, frame[HEADER + room :], operation)
+            received = torch.cat((received, rest), 1)
+        return Received(rows_of(received, content), [head[0] & (WANTS | MAY) for head in heads])
+
+    def look(self, operation: str, waited: float, longest: float) -> None:
+        """See :meth:`Waiting.look`."""
+        self.waiting.look(self.number, operation, self.text, waited, longest)
+
+    def kept(
+        self, message: Callable[[Tensor, str], Tensor], tensor: Tensor, operation: str
+    ) -> Tensor:
+        """What a message brings; after an error there is no other call."""
+        traced = tracing.begin(self.place, self.number, self.text) if tracing.active else None
+        try:
+            received = message(tensor, operation)
+        except BaseException as error:  # Ctrl-C while waiting, too
+            if isinstance(error, Unsent):
+                self.number -= 1
+            else:
+                self.waiting.fail(self.number, error)
+            tracing.fail(self.place, error)
+            raise
+        if traced is not None:
+            traced.finish(DONE)
+        return received
+
+    def _kind(self, operation: str, tensor: Tensor, caller: Caller) -> Kind:
+        key = operation, tensor.shape, tensor.dtype, caller
+        kind = self._kinds.get(key)
+        if kind is None:
+            if len(self._kinds) > _KEPT:
+                self._kinds.clear()
+            kind = self._kinds[key] = kind_of(described(operation, tensor), caller)
+        return kind
+
+    def _is_one_layer(
+        self, comm: Framed, heads: Sequence[Head], operation: str, caller: Caller
+    ) -> bool:
+        """Whether names that differ may be one layer's: its model is part of another on some."""
+        layers = tuple(head[3] for head in heads)
+        if not may_be_parts(layers) or layers in self._one_layer:
+            return True
+        names = self._said(comm, caller.layer, operation)
+        shortest = min(names, key=len)
+        one = all(name == shortest or name.endswith(f".{shortest}") for name in names)
+        if one:
+            self._one_layer.add(layers)
+        return one
+
+    def _said(self, comm: Framed, text: str, operation: str) -> list[str]:
+        """What every rank says."""
+        account = torch.zeros(_ACCOUNT * 8, dtype=torch.uint8, device="cpu")
+        said = torch.tensor(list(text.encode()[: len(account)]), dtype=torch.uint8, device="cpu")
+        account[: len(said)] = said
+        received = self.kept(comm._send, account.view(torch.float64), operation).view(torch.uint8)
+        return [bytes(row).rstrip(b"\0").decode(errors="replace") for row in received.tolist()]
+
+    def _desync(
+        self, comm: Framed, heads: Sequence[Head], operation: str, caller: Caller
+    ) -> DesyncError:
+        """What every rank called, in its own words."""
+        self._last = 0  # from where all can go on
+        versions = {head[0] >> 32 for head in heads}
+        if len(versions) > 1:
+            return DesyncError(
+                f"{comm._name()}: ranks speak versions {sorted(versions)} of the protocol; "
+                "install the same version of syncbn on all of them",
+                caller.layer,
+            )
+        text = self.text
+        if len({head[1] for head in heads}) == 1 and caller.direction:
+            wants, may = heads[comm.rank][0] & WANTS, heads[comm.rank][0] & MAY
+            text += ", gradients wanted" if wants else ", none wanted" if may else ", gradients off"
+        self.text = text
+        texts = self._said(comm, text, operation)
+        listed = "; ".join(f"rank {rank}: {text}" for rank, text in enumerate(texts))
+        return DesyncError(
+            f"{comm._name()}: ranks call different collectives: {listed} (call "
+            f"{self.number}); {_REMEDY}",
+            caller.layer,
+            dict(enumerate(texts)),
+        )

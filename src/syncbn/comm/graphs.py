@@ -1,0 +1,126 @@
+"""Exchanges in compiled graphs: operators that are opaque there, and frames when they run.
+
+A graph knows a communicator by its name, so that one graph serves all layers of a kind. Ranks, some
+of which run a graph and some the same layers without, exchange the same messages.
+"""
+
+from __future__ import annotations
+
+import itertools
+import sys
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..tensors.operators import define
+from .framed import Framed
+from .frames import Received
+from .headers import NOBODY, Caller
+
+_numbers = itertools.count(1)
+_known: dict[str, Callable[[], Framed | None]] = {}
+
+
+def take_name(comm: Framed) -> None:
+    """Let graphs know a communicator, as long as it lives."""
+    comm.name_in_graphs = f"{type(comm).__name__}#{next(_numbers)}"
+    know(comm.name_in_graphs, weakref.ref(comm))
+    weakref.finalize(comm, _known.pop, comm.name_in_graphs, None).atexit = False
+
+
+def know(name: str, find: Callable[[], Framed | None]) -> None:
+    """Let graphs find a communicator by its name."""
+    _known[name] = find
+
+
+class InGraph(Framed):
+    """A communicator while torch.compile traces."""
+
+    rank, size = 0, 1
+
+    def __init__(self, name: str, rank: int, size: int) -> None:
+        self.name, self.rank, self.size = name, rank, size
+
+    def gather(self, tensor: Tensor, caller: Caller, flags: int) -> Received:
+        who = self.name, self.size, caller.direction, caller.channels, caller.reproducible
+        return Received(torch.ops.syncbn.gather.default(tensor, *who, flags), ())
+
+    def reduce(self, tensor: Tensor, caller: Caller) -> Tensor:
+        who = self.name, caller.direction, caller.channels, caller.reproducible
+        total: Tensor = torch.ops.syncbn.reduce.default(tensor, *who)
+        return total
+
+    def all_gather(self, tensor: Tensor) -> Tensor:
+        return self.gather(tensor, NOBODY, 0).rows
+
+    def all_reduce(self, tensor: Tensor) -> Tensor:
+        return self.reduce(tensor, NOBODY)
+
+
+def _found(name: str) -> Framed:
+    comm = _known[name]() if name in _known else None
+    if comm is None:
+        raise RuntimeError(
+            f"sync_batch_norm: expected the communicator {name} of this compiled graph, which is "
+            "gone; if its group was destroyed, set layer.process_group to a group that is alive"
+        )
+    return comm
+
+
+def _gather(
+    tensor: Tensor,
+    name: str,
+    size: int,
+    direction: str,
+    channels: int,
+    reproducible: bool,
+    flags: int,
+) -> Tensor:
+    caller = Caller(direction, "", channels, reproducible)
+    return _found(name).gather(tensor, caller, flags).rows.contiguous()
+
+
+def _reduce(tensor: Tensor, name: str, direction: str, channels: int, reproducible: bool) -> Tensor:
+    return _found(name).reduce(tensor, Caller(direction, "", channels, reproducible))
+
+
+def _keep_order_in_inductor() -> None:
+    """Let inductor, if it is there, treat the operators as torch's own collectives, whose order it
+    keeps: else it may call those of parallel branches in an order that follows from sizes, which
+    differ between ranks.
+    """
+    lowering = sys.modules.get("torch._inductor.lowering")
+    operators = torch.ops.syncbn.gather.default, torch.ops.syncbn.reduce.default
+    if lowering is None or operators[0] in lowering.lowerings:
+        return
+    from torch._inductor import ir
+
+    for operator in operators:
+
+        def lower(tensor: Any, *others: Any, operator: Any = operator) -> Any:
+            kernel: Any = ir._CollectiveKernel.create_out_of_place(operator, tensor, *others)
+            return ir.TensorBox.create(kernel)
+
+        lowering.register_lowering(operator, type_promotion_kind=None)(lower)
+
+
+def _gathered_shape(tensor: Tensor, comm: str, size: int, *_: Any) -> Tensor:
+    _keep_order_in_inductor()  # which asks for shapes before it compiles
+    return tensor.new_empty(size, *tensor.shape)
+
+
+def _reduced_shape(tensor: Tensor, *_: Any) -> Tensor:
+    _keep_order_in_inductor()
+    return tensor.new_empty(tensor.shape)
+
+
+_CALLER = "str direction, int channels, bool reproducible"
+define(
+    f"gather(Tensor tensor, str comm, int size, {_CALLER}, int flags) -> Tensor",
+    _gather,
+    _gathered_shape,
+)
+define(f"reduce(Tensor tensor, str comm, {_CALLER}) -> Tensor", _reduce, _reduced_shape)

@@ -1,0 +1,90 @@
+"""What stands in a frame's header, and when headers agree."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from typing import NamedTuple
+
+VERSION = 1  # of the protocol; ranks with another one are refused
+WANTS, MAY = 1, 2  # flags: wants a gradient; could take part in a backward if another rank does
+Head = tuple[int, ...]  # version and flags, what is called, the call's number, the layer
+_NAMED, _FOUND = 1 << 62, 1 << 61  # the layer is a digest of its name
+
+
+class Caller(NamedTuple):
+    """Who calls, and for what: ranks must agree in all of it.
+
+    layer: in words; "" where it is not known, in compiled graphs.
+    named: by a name that is the same on all ranks. found: by its name in the model that runs it,
+    which may be part of another model on some ranks.
+    number, trail: for one that has no name: which one it is of those that its process
+    made, and what those were so far, in 32 bits. Numbers of processes that made other layers mean
+    nothing to each other.
+    """
+
+    direction: str = ""
+    layer: str = ""
+    channels: int = 0
+    reproducible: bool = False
+    named: bool = False
+    found: bool = False
+    number: int = 0
+    trail: int = 0
+
+    def __str__(self) -> str:
+        if not self.direction:
+            return ""
+        channels = f" ({self.channels} channels)" if self.channels else ""
+        how = ", reproducible" if self.reproducible else ""
+        who = f"layer '{self.layer}'" if self.layer else "a compiled layer"
+        return f", {self.direction} of {who}{channels}{how}"
+
+
+NOBODY = Caller()
+
+
+class Kind(NamedTuple):
+    """A kind of call: its words, and what stands for them and for the layer in headers."""
+
+    text: str
+    digest: int
+    layer: int
+
+
+def kind_of(told: str, caller: Caller) -> Kind:
+    """The kind of a call that errors describe so."""
+    what = caller._replace(layer="", named=False, found=False, number=0, trail=0)
+    layer = caller.number << 32 | caller.trail
+    if caller.named or caller.found:
+        layer = _digest(caller.layer) | (_NAMED if caller.named else _FOUND)
+    return Kind(f"{told}{caller}", _digest(f"{told} {what}"), layer)
+
+
+def may_be_parts(layers: Sequence[int]) -> bool:
+    """Whether these layers of headers differ by names that were found alone."""
+    known = {layer for layer in layers if layer}
+    return len(known) > 1 and all(layer & _FOUND for layer in known)
+
+
+def agree(heads: Sequence[Head]) -> bool:
+    """Whether ranks, of which these are the headers, make the same call."""
+    first = heads[0]
+    if all(head == first for head in heads):
+        return bool(first[0] & MAY or not first[0] & WANTS)
+    if any(head[1] != first[1] or head[0] >> 32 != first[0] >> 32 for head in heads):
+        return False
+    layers = {head[3] for head in heads if head[3]}  # those that are known
+    if len(layers) > 1 and any(layer & _NAMED for layer in layers):
+        return False
+    numbers: dict[int, int] = {}
+    for layer in () if any(layer & _FOUND for layer in layers) else layers:
+        number, trail = divmod(layer, 1 << 32)
+        if numbers.setdefault(trail, number) != number:
+            return False
+    wanted = any(head[0] & WANTS for head in heads)
+    return not wanted or all(head[0] & MAY for head in heads)
+
+
+def _digest(text: str) -> int:
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=7).digest(), "big")
