@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import (
@@ -76,18 +78,24 @@ def save_products(context, operator, *args, **kwargs):
     return CheckpointPolicy.MUST_SAVE if save else CheckpointPolicy.PREFER_RECOMPUTE
 
 
+@pytest.mark.parametrize("width", [4, 100])
 @pytest.mark.parametrize("world", [1, 2])
-def test_selective_checkpointing(ranks, world):
-    """The second forward runs the first one's operations, some of whose results are kept."""
+def test_selective_checkpointing(ranks, world, width):
+    """The second forward runs the first one's operations, some of whose results are kept.
+
+    A wide layer's first exchange takes two messages, its second one.
+    """
 
     def run(rank):
-        model, plain = (syncbn.convert(network().blocks[0]) for _ in range(2))
+        group = dist.new_group() if world > 1 else None
+        block = nn.Sequential(nn.Linear(width, width), nn.BatchNorm1d(width), nn.Tanh()).double()
+        model, plain = (syncbn.convert(copy.deepcopy(block), group) for _ in range(2))
         contexts = functools.partial(create_selective_checkpoint_contexts, save_products)
 
         def kept(x):
             return checkpoint(model, x, use_reentrant=False, context_fn=contexts)
 
-        x = torch.randn(3 + rank, 4, dtype=torch.float64, requires_grad=True)
+        x = torch.randn(3 + rank, width, dtype=torch.float64, requires_grad=True)
         for _ in range(2):
             torch.testing.assert_close(step(kept, model, x), step(plain, plain, x), **CLOSE)
 

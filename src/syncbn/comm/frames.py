@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._mode_utils import no_dispatch
 
 from . import tracing
 from .base import described
@@ -83,7 +84,25 @@ class Frames:
         flags: int,
         inside: bool = True,
     ) -> Received:
-        """Every rank's tensor, where it is sent inside of frames, once all make this call."""
+        """Every rank's tensor, where it is sent inside of frames, once all make this call.
+
+        Modes that watch operations see none of it, as which there are depends on the calls before:
+        a selective checkpoint's second forward must run the same ones.
+        """
+        if torch._C._len_torch_dispatch_stack() and type(tensor) is Tensor:
+            with no_dispatch():
+                return self._exchange(comm, operation, tensor, caller, flags, inside)
+        return self._exchange(comm, operation, tensor, caller, flags, inside)
+
+    def _exchange(
+        self,
+        comm: Framed,
+        operation: str,
+        tensor: Tensor,
+        caller: Caller,
+        flags: int,
+        inside: bool,
+    ) -> Received:
         self.waiting.check()
         comm._check(operation, tensor)
         kind = self._kind(operation, tensor, caller)
