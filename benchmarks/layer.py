@@ -21,6 +21,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from unittest import mock
 
 import click
 import torch
@@ -162,12 +163,9 @@ def run_rank(rank: int, ranks: int, setting: Setting, folder: str) -> None:
 
 def group_over_gloo() -> dist.ProcessGroup:
     """A group of all ranks whose layers exchange through gloo, though memory be there."""
-    group, told = dist.new_group(), os.environ.get("SYNCBN_EXCHANGE")
-    os.environ["SYNCBN_EXCHANGE"] = "torch"
-    syncbn.comm.resolve(group).all_gather(torch.zeros(1))  # when it is chosen
-    del os.environ["SYNCBN_EXCHANGE"]
-    if told is not None:
-        os.environ["SYNCBN_EXCHANGE"] = told
+    group = dist.new_group()
+    with mock.patch.dict(os.environ, {"SYNCBN_EXCHANGE": "torch"}):
+        syncbn.comm.resolve(group).all_gather(torch.zeros(1))  # when it is chosen
     return group
 
 

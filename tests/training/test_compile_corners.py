@@ -31,6 +31,10 @@ from syncbn.kernels import native
 CORNERS = {
     "frozen": lambda rank: (layer(rank, False), batch((2, 3, 4), False)),
     "input that wants no gradient": lambda rank: (layer(rank), batch((2, 3, 4), rank == 1)),
+    "no gradient for the input, reproducible": lambda rank: (
+        layer(rank, reproducible=True),
+        batch((2, 3), rank == 1),
+    ),
     "one value per rank": lambda rank: (layer(rank), batch((1, 3))),
     "empty rank": lambda rank: (layer(rank), batch((2 * rank, 3, 4))),
     "empty, stateless": lambda rank: (

@@ -75,7 +75,8 @@ class Channel:
         if self._process != os.getpid():
             raise RuntimeError(
                 f"{comm._name()}: expected a call from process {self._process}, which is rank "
-                f"{comm.rank}, got one from its fork {os.getpid()}; construct one there"
+                f"{comm.rank}, got one from its fork {os.getpid()}; initialise "
+                "torch.distributed in each rank's own process, and construct communicators there"
             )
 
 

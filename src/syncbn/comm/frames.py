@@ -7,7 +7,7 @@ bytes. Where they do not, each says in words what it called, and all raise the s
 Engines want messages of one size, and gloo aborts the process that gets another. So the size of a
 frame is a function of what all ranks know alike, the headers that they agreed on so far: as large
 as what followed the last one before. What does not fit goes into a second message, whose size is
-known once the headers agree. From the second step on there is none.
+known once the headers agree. From the second step on there is none, if steps are alike.
 """
 
 from __future__ import annotations
@@ -126,7 +126,7 @@ class Frames:
             raise differ
         if len(self._followed) > _KEPT:
             self._followed.clear()
-        self._followed[self._last] = words if words > room else (words + room) // 4 * 2
+        self._followed[self._last] = max(words, room)
         self._last = kind.digest
         if not fits:
             rest = self.kept(comm._send, frame[HEADER + room :], operation)
@@ -171,7 +171,7 @@ class Frames:
         layers = tuple(head[3] for head in heads)
         if not may_be_parts(layers) or layers in self._one_layer:
             return True
-        names = self._said(comm, caller.layer, operation)
+        names = [name for name in self._said(comm, caller.layer, operation) if name]
         shortest = min(names, key=len)
         one = all(name == shortest or name.endswith(f".{shortest}") for name in names)
         if one:

@@ -131,8 +131,15 @@ class MPI(Framed):
         world = self._engine.COMM_WORLD.group
         return "", list(self.comm.group.Translate_ranks(None, world))
 
+    def give_up(self, error: BaseException) -> None:
+        if self._may_call():
+            super().give_up(error)
+
+    def _may_call(self) -> bool:
+        return not self._main_thread_only or bool(self._engine.Is_thread_main())
+
     def _check(self, operation: str, tensor: Tensor) -> None:
-        if self._main_thread_only and not self._engine.Is_thread_main():
+        if not self._may_call():
             raise RuntimeError(
                 f"MPI: rank {self.rank} expected a call from the thread that initialised MPI, as "
                 "its thread level is below SERIALIZED, got one from another thread; set "

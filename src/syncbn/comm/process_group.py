@@ -24,8 +24,6 @@ EXCHANGES = ("torch", "shared_memory")  # of SYNCBN_EXCHANGE
 _TEXT = 400  # bytes that a rank says at once
 _log = logging.getLogger("syncbn")
 _FRAMES: weakref.WeakKeyDictionary[dist.ProcessGroup, Frames] = weakref.WeakKeyDictionary()
-
-
 # How CPU tensors travel: None, by the group's own backend.
 _CHANNELS: weakref.WeakKeyDictionary[dist.ProcessGroup, Channel | None] = (
     weakref.WeakKeyDictionary()

@@ -71,9 +71,7 @@ class Exchange:
         ]
         own = sums[0] if len(sums) == 1 else stacked(sums).sum(0)
         total = towards("backward", self.comm).all_reduce(own)
-        if torch.compiler.is_compiling():  # a graph leaves out messages that nothing depends on
-            sums = held_in_graph({"sums": sums[0]}, {"the sums of all ranks": total})
-        return Sums(sums, total)
+        return Sums(_after(total, sums), total)
 
     def _measure(self, parts: Sequence[Part]) -> Tensor:
         """What this rank has to tell of its parts: a tensor of one dimension."""
@@ -93,6 +91,15 @@ def _held_in_graph(own: Tensor, part: Part, running: Running) -> Tensor:
     return held_in_graph({"moments": own}, read | moved)[0]
 
 
+def _after(total: Tensor, sums: Sequence[Tensor]) -> Sequence[Tensor]:
+    """A rank's own sums, in a graph only once there are those of all ranks: a graph leaves out a
+    message that nothing depends on, as where this rank's input wants no gradient.
+    """
+    if not torch.compiler.is_compiling():
+        return sums
+    return held_in_graph({"sums": sums[0]}, {"the sums of all ranks": total})
+
+
 class ReproducibleExchange(Exchange):
     """A rank sends what makes the result a function of the samples, however they are split.
 
@@ -110,7 +117,8 @@ class ReproducibleExchange(Exchange):
         (part,), dy, samples = parts, samplewise_contiguous(dys[0]), _samples(parts)
         sent = samples.gradient_sums_samples(dy, part.x, part.statistics, self.lengths)
         own = samples.total_samples(sent.unsqueeze(0))
-        return Sums((own,), samples.total_samples(towards("backward", self.comm).all_gather(sent)))
+        total = samples.total_samples(towards("backward", self.comm).all_gather(sent))
+        return Sums(_after(total, (own,)), total)
 
     def _measure(self, parts: Sequence[Part]) -> Tensor:
         (part,) = parts

@@ -1,4 +1,4 @@
-"""Which layer a call is of, in words that are the same on every rank.
+"""Which layer a call is of, in words and in what ranks compare.
 
 A layer that convert() met is known by its name in that model; another by the one that it has in the
 model that first runs it. A layer that runs by itself has a number: processes that make the same
@@ -39,9 +39,6 @@ class Counter:
 
 _process = Counter()
 _wrappers = ("syncbn", "torch.nn.parallel", "torch.distributed", "torch._dynamo")
-
-
-_UNKNOWN = Caller()
 
 
 class Number:
@@ -135,7 +132,7 @@ def speaking(
     """
     if comm.size == 1:
         return comm
-    found = _UNKNOWN if torch.compiler.is_compiling() else _caller(layer, comm)
+    found = Caller() if torch.compiler.is_compiling() else _caller(layer, comm)
     return Speaker(comm, Caller(direction, found.layer, channels, reproducible, *found[4:]))
 
 
