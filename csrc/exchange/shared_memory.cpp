@@ -12,7 +12,25 @@ SYNCBN_EXPORT int64_t syncbn_exchange_size(int64_t world, int64_t capacity) {
 SYNCBN_EXPORT void syncbn_exchange_publish(char* lines, int64_t world, int64_t capacity,
                                            int64_t rank, uint32_t number, const char* sent,
                                            int64_t length) {
-  syncbn::exchange::publish({lines, world, capacity}, rank, number, sent, length);
+  syncbn::exchange::publish({lines, world, capacity}, rank, number,
+                            syncbn::exchange::whole(sent, length));
+}
+
+// A message in one call: a head and a body, filled up with zeros to `length`. Where all ranks'
+// heads are alike, receives all bodies and returns world + 1; else as syncbn_exchange_receive(),
+// which may follow.
+SYNCBN_EXPORT int64_t syncbn_exchange_swap(char* lines, int64_t world, int64_t capacity,
+                                           int64_t rank, uint32_t number, const char* head,
+                                           int64_t head_length, const char* body,
+                                           int64_t body_length, int64_t length, char* received,
+                                           int64_t looks, int64_t turns, int64_t nanoseconds) {
+  const Memory memory{lines, world, capacity};
+  syncbn::exchange::publish(memory, rank, number, {head, head_length, body, body_length, length});
+  const int64_t came =
+      syncbn::exchange::wait_for_all(memory, number, 0, {looks, turns, nanoseconds});
+  if (came < world || !syncbn::exchange::begin_alike(memory, number, head_length)) return came;
+  syncbn::exchange::copy_all(memory, number, head_length, received, body_length, body_length);
+  return world + 1;
 }
 
 SYNCBN_EXPORT int64_t syncbn_exchange_receive(char* lines, int64_t world, int64_t capacity,

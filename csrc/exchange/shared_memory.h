@@ -108,9 +108,26 @@ inline bool wait(Line& line, uint32_t number, const Patience& patience) {
   }
 }
 
-inline void publish(const Memory& memory, int64_t rank, uint32_t number, const char* sent,
-                    int64_t length) {
-  if (length > 0) std::memcpy(memory.slot(rank, number), sent, size_t(length));
+// What one rank sends: parts that lie apart, one after the other, then zeros up to `length` bytes.
+struct Message {
+  const char* head;
+  int64_t head_length;
+  const char* body;
+  int64_t body_length;
+  int64_t length;
+};
+
+inline Message whole(const void* sent, int64_t length) {
+  return {nullptr, 0, static_cast<const char*>(sent), length, length};
+}
+
+inline void publish(const Memory& memory, int64_t rank, uint32_t number, const Message& sent) {
+  char* slot = memory.slot(rank, number);
+  const int64_t end = sent.head_length + sent.body_length;
+  if (sent.head_length > 0) std::memcpy(slot, sent.head, size_t(sent.head_length));
+  if (sent.body_length > 0)
+    std::memcpy(slot + sent.head_length, sent.body, size_t(sent.body_length));
+  if (sent.length > end) std::memset(slot + end, 0, size_t(sent.length - end));
   Line& line = memory.line(rank);
   line.published.store(number);
   wake_all(line);
@@ -122,19 +139,40 @@ inline void end(const Memory& memory, int64_t rank) {
   wake_all(line);
 }
 
-// Of all ranks' messages the parts of `length` bytes, `stride` apart, once all have come. Returns
-// world; or a rank whose message has not come, or that ended after it, so that the others need not
-// begin what it has given up. Those before `from` are known to have sent theirs.
-inline int64_t receive(const Memory& memory, uint32_t number, char* received, int64_t stride,
-                       int64_t length, int64_t from, const Patience& patience) {
+// Waits until all ranks' messages have come. Returns world; or a rank whose message has not come,
+// or that ended after it, so that the others need not begin what it has given up. Those before
+// `from` are known to have sent theirs.
+inline int64_t wait_for_all(const Memory& memory, uint32_t number, int64_t from,
+                            const Patience& patience) {
   for (int64_t other = from; other < memory.world; ++other)
     if (!wait(memory.line(other), number, patience)) return other;
   for (int64_t other = 0; other < memory.world; ++other)
     if (memory.line(other).ended.load() != 0) return other;
+  return memory.world;
+}
+
+// Whether the messages, which have come from all ranks, begin alike.
+inline bool begin_alike(const Memory& memory, uint32_t number, int64_t length) {
+  for (int64_t other = 1; other < memory.world; ++other)
+    if (std::memcmp(memory.slot(0, number), memory.slot(other, number), size_t(length)) != 0)
+      return false;
+  return true;
+}
+
+// Copies `length` bytes of each message, which have come from all ranks, to places `stride` apart.
+inline void copy_all(const Memory& memory, uint32_t number, int64_t begin, char* received,
+                     int64_t stride, int64_t length) {
   if (length > 0)
     for (int64_t other = 0; other < memory.world; ++other)
-      std::memcpy(received + other * stride, memory.slot(other, number), size_t(length));
-  return memory.world;
+      std::memcpy(received + other * stride, memory.slot(other, number) + begin, size_t(length));
+}
+
+// Both: the first `length` bytes of each message.
+inline int64_t receive(const Memory& memory, uint32_t number, char* received, int64_t stride,
+                       int64_t length, int64_t from, const Patience& patience) {
+  const int64_t came = wait_for_all(memory, number, from, patience);
+  if (came == memory.world) copy_all(memory, number, 0, received, stride, length);
+  return came;
 }
 
 }  // namespace syncbn::exchange

@@ -91,6 +91,51 @@ inline Tensor input_gradient(const Tensor& dy, const Tensor& x, const OptionalTe
   return dx;
 }
 
+// measure, before which everything is refused that normalise would refuse after the exchange.
+inline Tensor measure_checked(const Tensor& x, const OptionalTensor& weight,
+                              const OptionalTensor& bias, const OptionalTensor& running_mean,
+                              const OptionalTensor& running_var,
+                              const OptionalTensor& num_batches_tracked,
+                              std::optional<double> momentum) {
+  check_input("measure", x);
+  const int64_t channels = x.size(1);
+  check_running("measure", running_mean, running_var, num_batches_tracked, momentum, channels);
+  check_parameter("measure", "weight", weight, channels);
+  check_parameter("measure", "bias", bias, channels);
+  return measure(x);
+}
+
+// A new tensor for the gradient of a parameter, of the parameter's type.
+inline Tensor gradient_of(const OptionalTensor& parameter, int64_t channels) {
+  const int64_t one = 1;
+  const int32_t type = parameter ? torch_dtype(*parameter) : aoti_torch_dtype_float32();
+  return allocate(&channels, &one, 1, type);
+}
+
+// Those of weight and bias: sums (Σdy, Σdy·x̂) of this rank's samples.
+inline std::tuple<Tensor, Tensor> parameter_gradients(const OptionalTensor& weight,
+                                                      const OptionalTensor& bias,
+                                                      const double* sums, int64_t channels) {
+  Tensor dweight = gradient_of(weight, channels), dbias = gradient_of(bias, channels);
+  write_parameter(check_parameter("gradients", "dbias", dbias, channels), channels, sums);
+  write_parameter(check_parameter("gradients", "dweight", dweight, channels), channels,
+                  sums + channels);
+  return {dweight, dbias};
+}
+
+// input_gradient with all ranks' sums, and the parameters' gradients of this rank's own.
+inline std::tuple<Tensor, Tensor, Tensor> gradients(const Tensor& dy, const Tensor& x,
+                                                    const OptionalTensor& weight,
+                                                    const OptionalTensor& bias, const Tensor& mean,
+                                                    const Tensor& invstd, const Tensor& count,
+                                                    const Tensor& own, const Tensor& sums) {
+  const int64_t channels = x.size(1);
+  const double* mine = check_doubles("gradients", "own", own, 2 * channels);
+  Tensor dx = input_gradient(dy, x, weight, mean, invstd, sums, count);
+  auto [dweight, dbias] = parameter_gradients(weight, bias, mine, channels);
+  return {dx, dweight, dbias};
+}
+
 // --- one process -------------------------------------------------------------------------------
 
 inline std::tuple<Tensor, Tensor> batch_norm(const Tensor& x, const OptionalTensor& weight,
@@ -114,13 +159,6 @@ inline std::tuple<Tensor, Tensor> batch_norm(const Tensor& x, const OptionalTens
   return {y, saved};
 }
 
-// A new tensor for the gradient of a parameter, of the parameter's type.
-inline Tensor gradient_of(const OptionalTensor& parameter, int64_t channels) {
-  const int64_t one = 1;
-  const int32_t type = parameter ? torch_dtype(*parameter) : aoti_torch_dtype_float32();
-  return allocate(&channels, &one, 1, type);
-}
-
 inline std::tuple<Tensor, Tensor, Tensor> batch_norm_backward(const Tensor& dy, const Tensor& x,
                                                               const OptionalTensor& weight,
                                                               const OptionalTensor& bias,
@@ -132,16 +170,13 @@ inline std::tuple<Tensor, Tensor, Tensor> batch_norm_backward(const Tensor& dy, 
                shape_text(x));
   const double* mean = check_doubles("batch_norm_backward", "saved", saved, 2 * channels);
   const Parameter weights = check_parameter("batch_norm_backward", "weight", weight, channels);
-  Tensor dx = new_like(x), dweight = gradient_of(weight, channels),
-         dbias = gradient_of(bias, channels);
+  Tensor dx = new_like(x);
   const Problem p = make_problem(dtype, x, &dy, &dx);
   Scratch scratch(2 * channels);
   double* sums = scratch.take(2 * channels);
   backward(parallel(), p.work, p.views[1], p.views[0], p.views[2], weights, mean, mean + channels,
            sums);
-  write_parameter(check_parameter("batch_norm_backward", "dbias", dbias, channels), channels, sums);
-  write_parameter(check_parameter("batch_norm_backward", "dweight", dweight, channels), channels,
-                  sums + channels);
+  auto [dweight, dbias] = parameter_gradients(weight, bias, sums, channels);
   return {dx, dweight, dbias};
 }
 

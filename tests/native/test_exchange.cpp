@@ -47,7 +47,7 @@ void exchanges(int64_t size, uint32_t first, const Patience& patience) {
       if (number % 97 == uint32_t(rank)) std::this_thread::yield();
       const int64_t count = number % (most + 1);
       for (int64_t i = 0; i < count; ++i) sent[size_t(i)] = value(rank, number, i);
-      publish(world.memory, rank, number, reinterpret_cast<char*>(sent.data()), count * 8);
+      publish(world.memory, rank, number, whole(sent.data(), count * 8));
       int64_t from = 0;
       while (from >= 0 && from < size)
         from = receive(world.memory, number, reinterpret_cast<char*>(received.data()), count * 8,
@@ -70,7 +70,7 @@ void an_end_wakes_who_waits() {
       end(world.memory, 1);
       return;
     }
-    publish(world.memory, rank, 1, nullptr, 0);
+    publish(world.memory, rank, 1, whole(nullptr, 0));
     check(receive(world.memory, 1, nullptr, 0, 0, 0, {10, 1, 1000000000000}) == 1,
           "who waits sees the end");
   });
@@ -78,7 +78,7 @@ void an_end_wakes_who_waits() {
 
 void time_ends() {
   const World world(2, 8, 0);
-  publish(world.memory, 0, 1, nullptr, 0);
+  publish(world.memory, 0, 1, whole(nullptr, 0));
   check(receive(world.memory, 1, nullptr, 0, 0, 0, {10, 1, 1000000}) == 1, "time ends a wait");
 }
 

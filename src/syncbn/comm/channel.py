@@ -6,16 +6,20 @@ import os
 import time
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
 from .framed import Framed
+from .frames import Swapped
 from .memory import Memory, Parts, Patience, Unmappable, create, open_of, unavailable
+from .packing import frame_of
 from .waiting import SLICE, limit_of
 
 # How long a rank looks for the others' messages before it sleeps: where each has a processor of its
 # own about as long as falling asleep and waking up take; where not, it lets the others run.
 _LOOKS, _TURNS = 2000, 20
-_FIRST_SLEEP, _SLEEP = 5e-3, 50e-3  # seconds, before it looks whether they are alive
+_FIRST_SLEEP = 5e-3  # seconds, before it looks whether they are alive
+_LATER = Patience(0, 0, 50e-3)
 
 
 class Channel:
@@ -37,15 +41,42 @@ class Channel:
                 part = min(length - begin, self.memory.capacity)
                 self.number = (self.number + 1) % 2**32
                 self.memory.publish(self.number, here + begin, part)
-                self._receive(comm, operation, Parts(there + begin, length, part))
+                parts = Parts(there + begin, length, part)
+                self._receive(comm, operation, parts, 0, self._patience)
         except BaseException:  # Ctrl-C while waiting, too
             self.memory.end()
             raise
         return received
 
-    def _receive(self, comm: Framed, operation: str, parts: Parts) -> None:
-        """Wait for all ranks' messages with the present number."""
-        came, began, patience, lost = 0, time.monotonic(), self._patience, ""
+    def swap(
+        self, comm: Framed, head: bytes, content: Tensor, words: int, operation: str
+    ) -> Swapped:
+        """As of :meth:`Framed._swap` of the communicator."""
+        size, length = comm.size, len(head) + 8 * words
+        if length > self.memory.capacity:
+            return Swapped(self.send(comm, frame_of(head, content, words), operation))
+        self._check(comm)
+        rows = content.new_empty(size, *content.shape)
+        self.number = (self.number + 1) % 2**32
+        body = Parts(content.data_ptr(), 0, content.nbytes)
+        message = self.number, head, body, length, rows.data_ptr(), self._patience
+        try:
+            came = self.memory.swap(*message)
+            if came > size:
+                return Swapped(None, rows)
+            frames = torch.empty(size, length // 8, dtype=torch.float64, device="cpu")
+            parts = Parts(frames.data_ptr(), length, length)
+            self._receive(comm, operation, parts, came, _LATER)
+        except BaseException:  # Ctrl-C while waiting, too
+            self.memory.end()
+            raise
+        return Swapped(frames)
+
+    def _receive(
+        self, comm: Framed, operation: str, parts: Parts, came: int, patience: Patience
+    ) -> None:
+        """Wait for all ranks' messages with the present number, of which so many have come."""
+        began, lost = time.monotonic(), ""
         frames, look = comm._frames, SLICE
         while True:
             came = self.memory.receive(self.number, parts, came, patience)
@@ -62,7 +93,7 @@ class Channel:
                 frames.look(operation, waited, longest)
                 look = waited + SLICE
             # Once more where there is a reason to give up: the message may have come before that.
-            patience = Patience(0, 0, 0.0 if lost else _SLEEP)
+            patience = Patience(0, 0, 0.0) if lost else _LATER
 
     def _lost(self, comm: Framed) -> str:
         """Why there is nothing to wait for; empty where there is."""

@@ -11,8 +11,9 @@ from torch.nn.functional import pad
 
 from . import tracing
 from .base import Communicator, described
-from .frames import DesyncError, Frames, Received
+from .frames import DesyncError, Frames, Received, Swapped
 from .headers import NOBODY, WANTS, Caller
+from .packing import frame_of
 from .waiting import Notes
 
 
@@ -69,6 +70,10 @@ class Framed(Communicator):
         operation: what errors call it. Raises Unsent where nothing has left this rank.
         """
         raise NotImplementedError
+
+    def _swap(self, head: bytes, content: Tensor, words: int, operation: str) -> Swapped:
+        """Every rank's frame: a header and so many words, of which the content fills the first."""
+        return Swapped(self._send(frame_of(head, content, words), operation))
 
     def _reduce(self, tensor: Tensor, operation: str) -> Tensor:
         """The sum over ranks, of a tensor that they are seen to agree on, for more ranks."""

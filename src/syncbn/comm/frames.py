@@ -13,7 +13,7 @@ known once the headers agree. From the second step on there is none, if steps ar
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -22,13 +22,24 @@ from torch.utils._mode_utils import no_dispatch
 from . import tracing
 from .base import described
 from .exchanges import DONE, Place
-from .headers import MAY, VERSION, WANTS, Caller, Head, Kind, agree, kind_of, may_be_parts
+from .headers import (
+    MAY,
+    VERSION,
+    WANTS,
+    Caller,
+    Head,
+    Kind,
+    agree,
+    kind_of,
+    may_be_parts,
+)
 from .packing import HEAD, HEADER, frame_of, heads_of, plain, rows_of
 from .waiting import Waiting
 
 if TYPE_CHECKING:
     from .framed import Framed
 
+_Result = TypeVar("_Result")
 _ACCOUNT = 64  # words in which a rank says what it called
 _FIRST = 64  # words of a frame, beside the header, where nothing is known
 _KEPT = 10_000  # calls whose followers are remembered
@@ -61,6 +72,15 @@ class Received(NamedTuple):
 
     rows: Tensor
     flags: Sequence[int] | Tensor
+
+
+class Swapped(NamedTuple):
+    """What a message brings: all frames (W, n); or all contents (W, *), where who has them has seen
+    that all headers are the same.
+    """
+
+    frames: Tensor | None
+    rows: Tensor | None = None
 
 
 class Frames:
@@ -116,10 +136,12 @@ class Frames:
         self.waiting.withdraw(self.number, self.text)
         head = HEAD.pack(VERSION << 32 | flags, kind.digest, self.number, kind.layer)
         room, words = self._followed.get(self._last, _FIRST), -(-content.nbytes // 16) * 2
-        frame = frame_of(head, content, max(words, room))
-        fits = words <= room
-        received = self.kept(comm._send, frame if fits else frame[: HEADER + room], operation)
-        heads = heads_of(received)
+        if words <= room:
+            frames, rows = self.kept(comm._swap, head, content, room, operation)
+        else:
+            frame = frame_of(head, content, words)
+            frames, rows = self.kept(comm._send, frame[: HEADER + room], operation), None
+        heads = [HEAD.unpack(head)] * comm.size if frames is None else heads_of(frames)
         if not (agree(heads) and self._is_one_layer(comm, heads, operation, caller)):
             differ = self._desync(comm, heads, operation, caller)
             tracing.fail(self.place, differ)
@@ -128,22 +150,23 @@ class Frames:
             self._followed.clear()
         self._followed[self._last] = max(words, room)
         self._last = kind.digest
-        if not fits:
-            rest = self.kept(comm._send, frame[HEADER + room :], operation)
-            received = torch.cat((received, rest), 1)
-        return Received(rows_of(received, content), [head[0] & (WANTS | MAY) for head in heads])
+        if frames is not None:
+            if words > room:
+                rest = self.kept(comm._send, frame[HEADER + room :], operation)
+                frames = torch.cat((frames, rest), 1)
+            rows = rows_of(frames, content)
+        assert rows is not None
+        return Received(rows, [each[0] & (WANTS | MAY) for each in heads])
 
     def look(self, operation: str, waited: float, longest: float) -> None:
         """See :meth:`Waiting.look`."""
         self.waiting.look(self.number, operation, self.text, waited, longest)
 
-    def kept(
-        self, message: Callable[[Tensor, str], Tensor], tensor: Tensor, operation: str
-    ) -> Tensor:
+    def kept(self, message: Callable[..., _Result], *arguments: Any) -> _Result:
         """What a message brings; after an error there is no other call."""
         traced = tracing.begin(self.place, self.number, self.text) if tracing.active else None
         try:
-            received = message(tensor, operation)
+            received = message(*arguments)
         except BaseException as error:  # Ctrl-C while waiting, too
             if isinstance(error, Unsent):
                 self.number -= 1

@@ -67,11 +67,16 @@ def may_be_parts(layers: Sequence[int]) -> bool:
     return len(known) > 1 and all(layer & _FOUND for layer in known)
 
 
+def may_follow(flags: int) -> bool:
+    """Whether a rank that says so could take part in the backward that it wants."""
+    return bool(flags & MAY or not flags & WANTS)
+
+
 def agree(heads: Sequence[Head]) -> bool:
     """Whether ranks, of which these are the headers, make the same call."""
     first = heads[0]
     if all(head == first for head in heads):
-        return bool(first[0] & MAY or not first[0] & WANTS)
+        return may_follow(first[0])
     if any(head[1] != first[1] or head[0] >> 32 != first[0] >> 32 for head in heads):
         return False
     layers = {head[3] for head in heads if head[3]}  # those that are known

@@ -62,6 +62,16 @@ class Memory:
     def publish(self, number: int, address: int, length: int) -> None:
         self._library.syncbn_exchange_publish(*self._where, self._rank, number, address, length)
 
+    def swap(
+        self, number: int, head: bytes, body: Parts, length: int, received: int, patience: Patience
+    ) -> int:
+        """See syncbn_exchange_swap() in csrc/exchange/shared_memory.cpp."""
+        looks, turns, seconds = patience
+        sent = head, len(head), body.address, body.length, length
+        message = *self._where, self._rank, number, *sent, received
+        found: int = self._library.syncbn_exchange_swap(*message, looks, turns, int(seconds * 1e9))
+        return found
+
     def receive(self, number: int, parts: Parts, first: int, patience: Patience) -> int:
         """See receive() in csrc/exchange/shared_memory.h."""
         looks, turns, seconds = patience
@@ -160,9 +170,11 @@ def _library() -> Any:
     loaded = ctypes.CDLL(str(library.LIBRARY))
     int64, uint32, address = ctypes.c_int64, ctypes.c_uint32, ctypes.c_void_p
     where = [address, int64, int64]
+    head, body = [ctypes.c_char_p, int64], [address, int64]
     for name, arguments, result in (
         ("size", [int64, int64], int64),
         ("publish", [*where, int64, uint32, address, int64], None),
+        ("swap", [*where, int64, uint32, *head, *body, int64, address, *[int64] * 3], int64),
         ("receive", [*where, uint32, address, *[int64] * 6], int64),
         ("end", [*where, int64], None),
         ("ended", [*where, int64], int64),

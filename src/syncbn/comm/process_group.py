@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .channel import Channel, find_channel
 from .framed import Framed
-from .frames import Frames, Unsent
+from .frames import Frames, Swapped, Unsent
 from .groups import has_private, is_gloo, private, store_of, timeout_of
 from .waiting import SLICE, Notes, StoreNotes, limit_of
 
@@ -94,13 +94,24 @@ class ProcessGroup(Framed):
         return [bytes(row).decode(errors="replace").rstrip() for row in rows]
 
     def _send(self, tensor: Tensor, operation: str) -> Tensor:
-        if tensor.is_cpu and is_gloo(self.group):
-            if self.group not in _CHANNELS:
-                _CHANNELS[self.group] = self._choose()
-            channel = _CHANNELS[self.group]
-            if channel is not None:
-                return channel.send(self, tensor, operation)
+        channel = self._channel() if tensor.is_cpu else None
+        if channel is not None:
+            return channel.send(self, tensor, operation)
         return self._by_backend(tensor, operation)
+
+    def _swap(self, head: bytes, content: Tensor, words: int, operation: str) -> Swapped:
+        channel = self._channel()
+        if channel is not None:
+            return channel.swap(self, head, content, words, operation)
+        return super()._swap(head, content, words, operation)
+
+    def _channel(self) -> Channel | None:
+        """How messages of the CPU travel, if not by the group's own backend."""
+        try:
+            return _CHANNELS[self.group]
+        except KeyError:
+            found = _CHANNELS[self.group] = self._choose() if is_gloo(self.group) else None
+            return found
 
     def _choose(self) -> Channel | None:
         """Shared memory where all ranks have it, unless they are told otherwise."""

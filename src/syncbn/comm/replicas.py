@@ -23,7 +23,14 @@ from ..tensors.recomputation import recompute_here, recomputing
 from .base import Communicator, Local
 
 T = TypeVar("T")
-_thread = threading.local()
+
+
+class _Thread(threading.local):
+    group: ReplicaGroup | None = None
+    replica: Replica | None = None
+
+
+_thread = _Thread()
 
 
 class ReplicaGroup:
@@ -77,7 +84,7 @@ class ReplicaGroup:
 
     def rendezvous(self, rank: int, arrival: _Arrival) -> Any:
         """What :meth:`Replica.rendezvous` returns: the replica's share of the meeting's results."""
-        if getattr(_thread, "group", None) is not self or (self._backward_may and _checkpointed()):
+        if _thread.group is not self or (self._backward_may and _checkpointed()):
             raise RuntimeError(
                 f"{arrival.layer} of {self.names[rank]}: expected to run in the forward of its "
                 "replica, once, got a call from elsewhere or from a checkpoint; a replica's "
@@ -204,8 +211,7 @@ class Unplaced(Communicator):
 
 def current_replica() -> Replica | None:
     """The replica whose forward this thread runs."""
-    replica: Replica | None = getattr(_thread, "replica", None)
-    return replica
+    return _thread.replica
 
 
 class _Arrival(NamedTuple):

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from .channel import find_channel
 from .framed import Framed
+from .frames import Swapped
 from .given import default_group, from_torch
 from .graphs import take_name
 from .groups import store_of, timeout_of
@@ -72,6 +73,9 @@ class SharedMemory(Framed):
 
     def _send(self, tensor: Tensor, operation: str) -> Tensor:
         return self._channel.send(self, tensor, operation)
+
+    def _swap(self, head: bytes, content: Tensor, words: int, operation: str) -> Swapped:
+        return self._channel.swap(self, head, content, words, operation)
 
     def _notes(self) -> Notes:
         return StoreNotes(self._store)

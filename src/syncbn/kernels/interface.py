@@ -101,7 +101,7 @@ class SampleKernels(Protocol):
 
 
 class Fused(Protocol):
-    """All steps of one process alone in two operators. Optional."""
+    """The steps in fewer operators: two of one process alone, three over ranks. Optional."""
 
     def supports_others(self, affine: Affine, running: Running) -> bool:
         """Whether it takes these beside a tensor that it supports: by where they are."""
@@ -118,6 +118,21 @@ class Fused(Protocol):
 
         Of the bias only the dtype counts.
         """
+
+    def measure_checked(self, x: Tensor, *, affine: Affine, running: Running) -> Tensor:
+        """measure, once all is seen to be fit for normalise: before a message goes out."""
+
+    def gradients(
+        self,
+        dy: Tensor,
+        x: Tensor,
+        *,
+        affine: Affine,
+        statistics: Statistics,
+        own: Tensor,
+        sums: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """input_gradient, and the parameters' gradients, from this rank's own sums (2, C)."""
 
 
 class Implementation(NamedTuple):

@@ -150,6 +150,19 @@ def batch_norm_backward(
     return result
 
 
+def measure_checked(x: Tensor, *, affine: Affine, running: Running) -> Tensor:
+    packed: Tensor = _ops.measure_checked.default(x, *affine, *running)
+    return packed
+
+
+def gradients(
+    dy: Tensor, x: Tensor, *, affine: Affine, statistics: Statistics, own: Tensor, sums: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    result: tuple[Tensor, Tensor, Tensor]
+    result = _ops.gradients.default(dy, x, *affine, *statistics, own, sums)
+    return result
+
+
 def _leave_autograd_out() -> None:
     """The operators have no derivatives of their own: straight to the CPU, past Autograd's stop.
 
@@ -158,6 +171,7 @@ def _leave_autograd_out() -> None:
     """
     operators = (
         *(measure, normalise, gradient_sums, input_gradient, batch_norm, batch_norm_backward),
+        *(measure_checked, gradients),
         *(measure_samples, merge_samples, gradient_sums_samples, total_samples),
     )
     fragment = torch.library.Library("syncbn", "FRAGMENT")  # type: ignore[no-untyped-call]
@@ -196,7 +210,7 @@ def _register_shapes() -> None:
         channels = x.shape[1]
         return torch.empty_like(x), wide(x, channels), wide(x, channels), wide(x)
 
-    def gradients(dy: Tensor, x: Tensor, *parameters: Tensor | None) -> tuple[Tensor, ...]:
+    def of_all(dy: Tensor, x: Tensor, *parameters: Tensor | None) -> tuple[Tensor, ...]:
         dtypes = [torch.float32 if p is None else p.dtype for p in parameters[:2]]
         return torch.empty_like(x), *(x.new_empty(x.shape[1], dtype=dtype) for dtype in dtypes)
 
@@ -210,7 +224,9 @@ def _register_shapes() -> None:
         "gradient_sums_samples": lambda dy, x, *_: wide(x, NUMBERS, 2 * x.shape[1]),
         "total_samples": lambda received: wide(received, 2, received.shape[2] // 2),
         "batch_norm": lambda x, *_: (torch.empty_like(x), wide(x, 2, x.shape[1])),
-        "batch_norm_backward": gradients,
+        "batch_norm_backward": of_all,
+        "measure_checked": lambda x, *_: wide(x, 1 + 2 * x.shape[1]),
+        "gradients": of_all,
     }
     for name, shape in shapes.items():
         torch.library.register_fake(f"syncbn::{name}", shape)

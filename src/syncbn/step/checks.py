@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.fx import Proxy
 
 from ..kernels import Affine, Running
-from ..tensors.storages import check_held, form_of, has_storage, is_dtensor, is_held
+from ..tensors.storages import PLAIN, check_held, form_of, has_storage, is_dtensor, is_held
 from ..tensors.transforms import transforming
 
 if TYPE_CHECKING:
@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 
 FLOATING = frozenset((torch.float16, torch.bfloat16, torch.float32, torch.float64))
 FLOATING_WORDS = "of float16, bfloat16, float32 or float64"
-COUNTING = frozenset((torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8))
+COUNTING = frozenset((torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, *FLOATING))
+_NAMES = ("running_mean", "running_var", "weight", "bias")
 _NUMBERS = (Real, torch.SymInt, torch.SymFloat)
 _LARGEST = torch.finfo(torch.float64).max
 MOST_DIMENSIONS = 64  # of torch's sums, and so of ours
@@ -64,8 +65,11 @@ def checked_dtype(name: str, dtype: Any) -> torch.dtype:
     return dtype
 
 
-def check_input(input: Tensor) -> None:
-    """Refuse what is no floating (N, C, *) tensor with at least one channel."""
+def check_input(input: Tensor, compiling: bool | None = None) -> None:
+    """Refuse what is no floating (N, C, *) tensor with at least one channel.
+
+    compiling: whether a graph is being traced, without values; None to ask.
+    """
     if not isinstance(input, Tensor):
         traced = isinstance(input, Proxy)
         remedy = "; for torch.fx, syncbn.revert the model first" if traced else ""
@@ -97,7 +101,7 @@ def check_input(input: Tensor) -> None:
             f"sync_batch_norm: expected at most {MOST_DIMENSIONS} dimensions, as torch's sums, got "
             f"{input.dim()}; join some, for example input.flatten(2)"
         )
-    if not is_held(input):
+    if not (is_held(input) if compiling is None else compiling or has_storage(input)):
         check_held({"input": input})
 
 
@@ -122,25 +126,18 @@ def check_shape(name: str, shape: tuple[int, ...], input: Tensor) -> None:
         )
 
 
-def check_tensors(input: Tensor, affine: Affine, running: Running) -> None:
+def check_tensors(input: Tensor, affine: Affine, running: Running, compiling: bool) -> None:
     """Refuse tensors that aren't (C,), floating and on the device of input (N, C, *)."""
-    check_input(input)
-    shape, device, whole = input.shape[1:2], input.device, is_dtensor(input)
-    compiling = torch.compiler.is_compiling()  # where there are no values yet
-    for name, tensor in (
-        ("running_mean", running.mean),
-        ("running_var", running.var),
-        ("weight", affine.weight),
-        ("bias", affine.bias),
-    ):
+    check_input(input, compiling)
+    shape, device = input.shape[1:2], input.device
+    for name, tensor in zip(_NAMES, (*running[:2], *affine), strict=True):
         if tensor is not None and not (
-            isinstance(tensor, Tensor)
+            (type(tensor) in PLAIN or _is_like(tensor, input))
             and tensor.shape == shape
             and tensor.device == device
             and tensor.dtype in FLOATING
             and tensor.layout is torch.strided
-            and (whole or not is_dtensor(tensor))
-            and (compiling or has_storage(tensor))
+            and (compiling or has_storage(tensor))  # a graph is traced without values
         ):
             _refuse(name, tensor, input)
     if (running.mean is None) != (running.var is None):
@@ -151,7 +148,12 @@ def check_tensors(input: Tensor, affine: Affine, running: Running) -> None:
     if running.batches is not None:
         check_counter("num_batches_tracked", running.batches, device)
         if running.momentum is None:
-            _check_divisor(running.batches)
+            _check_divisor(running.batches, compiling)
+
+
+def _is_like(tensor: Any, input: Tensor) -> bool:
+    """Whether this is a tensor, and no DTensor beside a plain one."""
+    return isinstance(tensor, Tensor) and (is_dtensor(input) or not is_dtensor(tensor))
 
 
 def _refuse(name: str, tensor: Any, input: Tensor) -> None:
@@ -181,7 +183,7 @@ def _refuse(name: str, tensor: Any, input: Tensor) -> None:
 
 def check_counter(name: str, counter: Any, device: torch.device) -> None:
     """Refuse what cannot count batches."""
-    if not isinstance(counter, Tensor) or counter.dtype not in FLOATING | COUNTING:
+    if not isinstance(counter, Tensor) or counter.dtype not in COUNTING:
         got = counter.dtype if isinstance(counter, Tensor) else type(counter).__name__
         raise TypeError(
             f"sync_batch_norm: expected {name} as a tensor of int64, int32, int16, int8 or uint8, "
@@ -195,11 +197,11 @@ def check_counter(name: str, counter: Any, device: torch.device) -> None:
     check_held({name: counter})
 
 
-def _check_divisor(counter: Tensor) -> None:
+def _check_divisor(counter: Tensor, compiling: bool) -> None:
     """Refuse a counter of batches, which an average divides by, that counts on to 0 or less."""
     # Asking an accelerator means waiting for it: only of counters that soon come to their end.
     readable = counter.is_cpu or (counter.dtype != torch.int64 and not counter.is_meta)
-    if not readable or torch.compiler.is_compiling() or transforming():
+    if not readable or compiling or transforming():
         return
     if not float(counter + 1) > 0:
         raise ValueError(

@@ -26,7 +26,7 @@ from .function import normalise_parts
 from .fused import find_fused, normalise_fused
 from .identity import speaking
 from .masked import check_mask, scatter_valid, select_valid, zero_masked
-from .mode import find_mode
+from .mode import Mode, find_mode
 from .records import Call, Options, part_of
 from .replicas import normalise_replica
 from .tracking import begin_update
@@ -45,10 +45,11 @@ def normalise(
 
     skipped: where given, counts batches whose statistics are not finite and move nothing.
     """
+    mode = find_mode(input, options.training)
     try:
-        return _normalise(input, affine, running, options, mask, skipped)
+        return _normalise(input, affine, running, options, mode, mask, skipped)
     except Exception as error:
-        if options.training and not find_mode(input, True).silent:
+        if not (mode.silent or mode.compiling):
             _tell_others(options.group, error)
         raise
 
@@ -57,7 +58,7 @@ def _tell_others(group: Any, error: Exception) -> None:
     """That this rank raises: they wait for its message."""
     with suppress(Exception):  # a group that is none, or was destroyed: nobody waits there
         comm = resolve(group)
-        if isinstance(comm, Framed) and comm.size > 1 and not torch.compiler.is_compiling():
+        if isinstance(comm, Framed) and comm.size > 1:
             comm.give_up(error)
 
 
@@ -66,17 +67,17 @@ def _normalise(
     affine: Affine,
     running: Running,
     options: Options,
+    mode: Mode,
     mask: Tensor | None,
     skipped: Tensor | None,
 ) -> Tensor:
-    mode = find_mode(input, options.training)
     if mask is not None:
         check_input(input)
         check_mask(mask, input)
     conclude = None
     if options.training:
         if mode.transforming or skipped is not None:  # others may stand in for these below
-            check_tensors(input, affine, running)
+            check_tensors(input, affine, running, mode.compiling)
         if skipped is not None:
             check_counter("num_batches_skipped", skipped, input.device)
         if mode.transforming:
@@ -110,21 +111,19 @@ def normalise_masked(call: Call, mask: Tensor) -> Tensor:
 
 def normalise_dense(call: Call) -> Tensor:
     """Where all of input counts."""
-    input, affine, running, options, mode, comm, _ = call
+    input, affine, running, options, mode, *_ = call
     if not mode.tracing:  # a trace would record the checks, with warnings
         momentum = running.momentum
         check_options(0.0 if momentum is None else momentum, options.eps)
-        # Before the table, and before the checks, which its operators make in no time.
-        usual = options.training and not (options.reproducible or mode.compiling)
-        alone = comm is LOCAL or (comm.size == 1 and not isinstance(comm, Replica))
-        fused = find_fused(input, affine, running) if usual and alone else None
-        try:
-            if fused is not None:
-                return normalise_fused(input, affine, running, options.eps, fused)
-        except RuntimeError:  # the words follow here
-            check_tensors(input, affine, running)
-            raise
-        check_tensors(input, affine, running)
+        kernels = find_fused(call)
+        if kernels is not None:
+            # Before the table, and before the checks, which its operators make in no time.
+            try:
+                return normalise_fused(call, kernels)
+            except RuntimeError:  # the words follow here
+                check_tensors(input, affine, running, mode.compiling)
+                raise
+        check_tensors(input, affine, running, mode.compiling)
     for path in PATHS:
         if path.serves(call):
             return path.run(call)
@@ -177,11 +176,11 @@ def _normalise_over_ranks(call: Call) -> Tensor:
         refuse_join()
     else:
         comm = LOCAL
-    reproducible, channels = call.options.reproducible, call.input.shape[1]
-    comm = speaking(comm, call.options.layer, channels, reproducible)
+    reproducible, compiling = call.options.reproducible, call.mode.compiling
+    comm = speaking(comm, call.options.layer, call.input.shape[1], compiling, reproducible)
     exchange = ReproducibleExchange(comm, call.lengths) if reproducible else Exchange(comm)
     part = part_of(call.input, call.affine)
-    return normalise_parts([part], call.running, call.options.eps, exchange)[0]
+    return normalise_parts([part], call.running, call.options.eps, exchange, compiling)[0]
 
 
 def _normalise_as_torch(call: Call) -> Tensor:
@@ -193,7 +192,8 @@ def _normalise_as_torch(call: Call) -> Tensor:
     momentum, batches = running.momentum, running.batches
     if momentum is None:
         momentum = 0.0 if batches is None else 1 / float(batches + 1)
-    y = torchs_batch_norm(input, *tensors, options.training, momentum, options.eps)
+    visible = not (call.mode.tracing or call.mode.compiling)
+    y = torchs_batch_norm(input, *tensors, options.training, momentum, options.eps, visible=visible)
     if batches is not None:
         batches.add_(1)
     return y

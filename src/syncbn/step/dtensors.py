@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -33,8 +32,6 @@ def check_options_of_dtensor(mask: bool, reproducible: bool) -> None:
 
 def check_group_of_dtensor(input: Any, comm: Communicator) -> None:
     """Refuse a group with ranks whose batches the DTensor doesn't hold."""
-    if torch.compiler.is_compiling():  # a graph is traced after an eager step, as a rule
-        return
     ranks = set(input.device_mesh.mesh.flatten().tolist())
     inside = comm.size <= len(ranks)
     if isinstance(comm, ProcessGroup):
@@ -50,8 +47,8 @@ def check_group_of_dtensor(input: Any, comm: Communicator) -> None:
 class _OfDTensor(Exchange):
     """What DTensor computed of each shard is added up here, once, not wherever it is used."""
 
-    def reduce(self, parts: Sequence[Normalised], dys: Sequence[Tensor]) -> Sums:
-        total: Tensor = _added_up(super().reduce(parts, dys).parts[0])
+    def reduce(self, parts: Sequence[Normalised], dys: Sequence[Tensor], compiling: bool) -> Sums:
+        total: Tensor = _added_up(super().reduce(parts, dys, compiling).parts[0])
         return Sums((total,), total)
 
     def _measure(self, parts: Sequence[Part]) -> Tensor:
@@ -76,7 +73,8 @@ def normalise_dtensor(call: Call) -> Tensor:
     from torch.distributed.tensor import Replicate, Shard
 
     check_options_of_dtensor(call.lengths is not None, call.options.reproducible)
-    check_group_of_dtensor(call.input, call.comm)
+    if not call.mode.compiling:  # a graph is traced after an eager step, as a rule
+        check_group_of_dtensor(call.input, call.comm)
     whole: Any = call.input
     kept = [type(p) is Shard and p.dim < 2 and whole.shape[p.dim] > 1 for p in whole.placements]
     places = [p if keep else Replicate() for p, keep in zip(whole.placements, kept, strict=True)]
@@ -86,7 +84,8 @@ def normalise_dtensor(call: Call) -> Tensor:
     affine, eps = Affine(*(_on(x, t) for t in call.affine)), call.options.eps
     if call.options.training or mean is None:
         running = Running(mean, var, batches, momentum)
-        return normalise_parts([part_of(x, affine)], running, eps, _OfDTensor(LOCAL))[0]
+        exchange = _OfDTensor(LOCAL)
+        return normalise_parts([part_of(x, affine)], running, eps, exchange, call.mode.compiling)[0]
     mean, var = (t.to(wide_dtype(t.device)) for t in (mean, var))
     known = Moments(mean.new_ones(()), mean, var).pack().unsqueeze(0)
     return composite.normalise(x, known, affine=affine, running=Running(), eps=eps)[0]

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from ..comm import WANTS, Communicator
@@ -51,27 +50,29 @@ class Exchange:
     def __init__(self, comm: Communicator) -> None:
         self.comm = comm
 
-    def gather(self, parts: Sequence[Part], flags: int, running: Running) -> Gathered:
+    def gather(
+        self, parts: Sequence[Part], flags: int, running: Running, compiling: bool
+    ) -> Gathered:
         """What all ranks measured. parts: this rank's; flags: what it says beside them;
         running: what is to move afterwards.
         """
         comm, own = self.comm, self._measure(parts)
-        if torch.compiler.is_compiling():
+        if compiling:
             own = _held_in_graph(own, parts[0], running)
         if not isinstance(comm, Speaker):
             return Gathered(self._merged(parts, own.unsqueeze(0)), (flags,))
         rows, said = comm.tell(own, flags)
         return Gathered(self._merged(parts, rows), said)
 
-    def reduce(self, parts: Sequence[Normalised], dys: Sequence[Tensor]) -> Sums:
+    def reduce(self, parts: Sequence[Normalised], dys: Sequence[Tensor], compiling: bool) -> Sums:
         """The sums of all ranks. dys (N, C, *): the gradients of this rank's parts."""
         sums = [
             part.kernels.steps.gradient_sums(dy, part.x, part.statistics)
             for part, dy in zip(parts, dys, strict=True)
         ]
         own = sums[0] if len(sums) == 1 else stacked(sums).sum(0)
-        total = towards("backward", self.comm).all_reduce(own)
-        return Sums(_after(total, sums), total)
+        total = towards("backward", self.comm, compiling).all_reduce(own)
+        return Sums(_after(total, sums) if compiling else sums, total)
 
     def _measure(self, parts: Sequence[Part]) -> Tensor:
         """What this rank has to tell of its parts: a tensor of one dimension."""
@@ -92,11 +93,9 @@ def _held_in_graph(own: Tensor, part: Part, running: Running) -> Tensor:
 
 
 def _after(total: Tensor, sums: Sequence[Tensor]) -> Sequence[Tensor]:
-    """A rank's own sums, in a graph only once there are those of all ranks: a graph leaves out a
-    message that nothing depends on, as where this rank's input wants no gradient.
+    """A rank's own sums, once there are those of all ranks: a graph leaves out a message that
+    nothing depends on, as where this rank's input wants no gradient.
     """
-    if not torch.compiler.is_compiling():
-        return sums
     return held_in_graph({"sums": sums[0]}, {"the sums of all ranks": total})
 
 
@@ -113,12 +112,13 @@ class ReproducibleExchange(Exchange):
         super().__init__(comm)
         self.lengths = lengths
 
-    def reduce(self, parts: Sequence[Normalised], dys: Sequence[Tensor]) -> Sums:
+    def reduce(self, parts: Sequence[Normalised], dys: Sequence[Tensor], compiling: bool) -> Sums:
         (part,), dy, samples = parts, samplewise_contiguous(dys[0]), _samples(parts)
         sent = samples.gradient_sums_samples(dy, part.x, part.statistics, self.lengths)
         own = samples.total_samples(sent.unsqueeze(0))
-        total = samples.total_samples(towards("backward", self.comm).all_gather(sent))
-        return Sums(_after(total, (own,)), total)
+        received = towards("backward", self.comm, compiling).all_gather(sent)
+        total = samples.total_samples(received)
+        return Sums(_after(total, (own,)) if compiling else (own,), total)
 
     def _measure(self, parts: Sequence[Part]) -> Tensor:
         (part,) = parts

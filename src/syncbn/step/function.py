@@ -21,19 +21,18 @@ from .checks import refuse_single_value
 from .derivatives import differentiable_gradients, with_bits
 from .exchange import Exchange, Gathered
 from .identity import Speaker, towards
-from .mode import find_backward_mode
+from .mode import BackwardMode, find_backward_mode
 from .records import Normalised, Part
 
 
 def normalise_parts(
-    parts: Sequence[Part], running: Running, eps: float, exchange: Exchange
+    parts: Sequence[Part], running: Running, eps: float, exchange: Exchange, compiling: bool
 ) -> tuple[Tensor, ...]:
     """y of each part, with the statistics of all parts of all ranks; the running ones move once."""
     kernels = [part.kernels for part in parts]
     tensors = [tensor for part in parts for tensor in (part.x, *part.affine)]
     grad_enabled = torch.is_grad_enabled()
     wants_gradient = grad_enabled and any(t is not None and t.requires_grad for t in tensors)
-    compiling = torch.compiler.is_compiling()
     may = wants_gradient or (grad_enabled and not compiling)
     flags = (WANTS if wants_gradient else 0) | (MAY if may else 0)
     # A rank none of whose tensors want a gradient still owes its peers a backward if one of them
@@ -44,12 +43,12 @@ def normalise_parts(
     if grad_enabled and not alone and not compiling:
         grad_anchor = torch.empty(0, device=parts[0].x.device, requires_grad=True)
     result: tuple[Tensor, ...] = _SyncBatchNorm.apply(  # type: ignore[no-untyped-call]
-        *(exchange, kernels, eps, flags, grad_anchor, *running, *tensors)
+        *(exchange, kernels, eps, flags, compiling, grad_anchor, *running, *tensors)
     )
     return result
 
 
-_FIRST = 9  # of the parts' tensors among the Function's arguments
+_FIRST = 10  # of the parts' tensors among the Function's arguments
 
 
 class _SyncBatchNorm(torch.autograd.Function):
@@ -60,14 +59,16 @@ class _SyncBatchNorm(torch.autograd.Function):
         kernels: Sequence[Implementation],
         eps: float,
         flags: int,
+        compiling: bool,
         grad_anchor: Tensor | None,
         *rest: Any,
     ) -> tuple[Tensor, ...]:
         running = Running(*rest[:4])
         each = zip(kernels, _groups(rest[4:], 3), strict=True)
         parts = [Part(k, x, Affine(*affine)) for k, (x, *affine) in each]
-        gathered, wants_gradient = exchange.gather(parts, flags, running), bool(flags & WANTS)
-        _check_count(parts, gathered, exchange, flags)
+        gathered = exchange.gather(parts, flags, running, compiling)
+        wants_gradient = bool(flags & WANTS)
+        _check_count(parts, gathered, exchange, flags, compiling)
         ys, statistics = [], []
         for k, x, affine in parts:
             sets = gathered.sets if len(parts) == 1 else gathered.sets.to(x.device)
@@ -109,15 +110,15 @@ def _backward(ctx: Any, dys: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
     wanted = _groups(ctx.needs_input_grad[_FIRST:], 3)
     if mode.differentiable:
         xs, weights = [part.x for part in parts], [part.weight for part in parts]
-        comm = towards("differentiable backward", exchange.comm)
+        comm = towards("differentiable backward", exchange.comm, mode.compiling)
         found = differentiable_gradients(dys, xs, weights, ctx.eps, comm)
         if exchange.reproducible and not mode.transforming:
             with torch.no_grad():
-                bits = _gradients(parts, dys, exchange, wanted)
+                bits = _gradients(parts, dys, exchange, wanted, mode)
             pairs = zip(found, bits, strict=True)
             found = [(with_bits(dx, value), sums) for (dx, sums), (value, _) in pairs]
     else:
-        found = _gradients(parts, dys, exchange, wanted)
+        found = _gradients(parts, dys, exchange, wanted, mode)
     gradients: list[Tensor | None] = []
     for part, bias, wants, (dx, sums) in zip(parts, ctx.biases, wanted, found, strict=True):
         _, wants_weight, wants_bias = wants
@@ -143,9 +144,10 @@ def _gradients(
     dys: Sequence[Tensor],
     exchange: Exchange,
     wanted: Sequence[Sequence[bool]],
+    mode: BackwardMode,
 ) -> list[tuple[Tensor | None, Tensor]]:
     """dx like x, if wanted, and the part's own (Σdy, Σdy·x̂) per channel (2, C), of each part."""
-    sums = exchange.reduce(parts, dys)
+    sums = exchange.reduce(parts, dys, mode.compiling)
     found = []
     each = zip(parts, dys, sums.parts, wanted, strict=True)
     for (k, x, weight, statistics), dy, own, (wants_x, *_) in each:
@@ -169,14 +171,16 @@ def parameter_gradients(sums: Tensor, affine: Affine) -> tuple[Tensor | None, Te
     return dweight, dbias
 
 
-def _check_count(parts: Sequence[Part], gathered: Gathered, exchange: Exchange, flags: int) -> None:
+def _check_count(
+    parts: Sequence[Part], gathered: Gathered, exchange: Exchange, flags: int, compiling: bool
+) -> None:
     """Refuse a globally single value per channel, on every rank alike.
 
     Only a rank with at most one value of its own needs to look at the sum, which on an
     accelerator waits for the device; if the sum is one, every rank is such a rank.
     """
     own = sum(part.x.numel() // part.x.shape[1] for part in parts)
-    if torch.compiler.is_compiling():
+    if compiling:
         wanting = None if flags & WANTS else gathered.flags
         _check_in_graph(own, gathered.sets, wanting if isinstance(wanting, Tensor) else None)
     elif own <= 1 and gathered.sets[:, 0].sum().item() == 1:

@@ -1,5 +1,8 @@
-"""One process alone, with kernels that do all steps in one: there is nothing to exchange, so that
-measure and normalise go together over what the cache holds, and the two backward steps likewise.
+"""The usual step in as few calls as it takes: one tensor of two values per channel or more.
+
+One process alone has nothing to exchange, so that measure and normalise go together over what the
+cache holds, and the two backward steps likewise. Over ranks function.py's steps, without what they
+need for several parts, for graphs, and for parts without values: the messages are the same.
 """
 
 from __future__ import annotations
@@ -9,44 +12,62 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..comm import LOCAL
-from ..kernels import Affine, Fused, Running, Statistics, select_kernels
+from ..comm import LOCAL, MAY, WANTS, Replica, refuse_join
+from ..kernels import Affine, Fused, Implementation, Running, Statistics, select_kernels
 from ..tensors.storages import check_held
 from .derivatives import differentiable_gradients
+from .exchange import Gathered
 from .function import parameter_gradients
+from .identity import Speaker, speaking, towards
 from .mode import is_differentiable
+from .records import Call
 
 
-def find_fused(x: Tensor, affine: Affine, running: Running) -> Fused | None:
-    """The kernels for :func:`normalise_fused`, with these statistics, counter and parameters.
+def find_fused(call: Call) -> Implementation | None:
+    """The kernels for :func:`normalise_fused`, if there are any and the call is a usual one.
 
     One running statistic without the other and a single value per channel are left to those who
     have an error for them.
     """
+    x, affine, running, options, mode, comm, _ = call
+    if not options.training or options.reproducible or mode.compiling:
+        return None
     if (running.mean is None) != (running.var is None):
         return None
-    fused = select_kernels(x).fused
+    kernels = select_kernels(x)
+    fused = kernels.fused
     if fused is None or x.dim() < 2 or x.numel() <= x.shape[1]:
         return None
+    if comm is not LOCAL and isinstance(comm, Replica):
+        return None
     try:
-        return fused if fused.supports_others(affine, running) else None
+        return kernels if fused.supports_others(affine, running) else None
     except AttributeError:  # one of them is no tensor
         return None
 
 
-def normalise_fused(
-    x: Tensor, affine: Affine, running: Running, eps: float, fused: Fused
-) -> Tensor:
-    """y of x's own statistics. x: two values per channel or more."""
-    weight, bias = affine
-    if torch.is_grad_enabled() and (
+def normalise_fused(call: Call, kernels: Implementation) -> Tensor:
+    """y of the call's input. RuntimeError, too: a tensor that the operators refuse."""
+    x, (weight, bias), running, options, _, comm, _ = call
+    wants_gradient = torch.is_grad_enabled() and (
         x.requires_grad
         or (weight is not None and weight.requires_grad)
         or (bias is not None and bias.requires_grad)
-    ):
-        result: Tensor = _apply(x, weight, bias, (affine, running, eps, fused))  # type: ignore[no-untyped-call]
-        return result
-    return fused.batch_norm(x, affine=affine, running=running, eps=eps)[0]
+    )
+    fused = kernels.fused
+    assert fused is not None
+    if comm.size > 1:
+        refuse_join()
+        speaker = speaking(comm, options.layer, x.shape[1], compiling=False)
+        flags, grad_anchor = WANTS | MAY if wants_gradient else 0, None
+        if torch.is_grad_enabled() and not wants_gradient:  # see function.py
+            flags, grad_anchor = MAY, torch.empty(0, device=x.device, requires_grad=True)
+        sent = running, options.eps, kernels, speaker, flags
+        return _apply_over_ranks(x, weight, bias, grad_anchor, sent)  # type: ignore[no-any-return, no-untyped-call]
+    if wants_gradient:
+        rest = call.affine, running, options.eps, fused
+        return _apply(x, weight, bias, rest)  # type: ignore[no-any-return, no-untyped-call]
+    return fused.batch_norm(x, affine=call.affine, running=running, eps=options.eps)[0]
 
 
 class _BatchNorm(torch.autograd.Function):
@@ -88,5 +109,60 @@ class _BatchNorm(torch.autograd.Function):
         return dx, *parameter_gradients(sums, wanted), None
 
 
+class _OverRanks(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        grad_anchor: Tensor | None,
+        rest: tuple[Running, float, Implementation, Speaker, int],
+    ) -> Tensor:
+        (running, eps, kernels, speaker, flags), affine = rest, Affine(weight, bias)
+        assert kernels.fused is not None
+        own = kernels.fused.measure_checked(x, affine=affine, running=running)
+        sets, said = speaker.tell(own, flags)
+        y, statistics = kernels.steps.normalise(x, sets, affine=affine, running=running, eps=eps)
+        if flags & WANTS or (grad_anchor is not None and Gathered(sets, said).is_gradient_wanted()):
+            ctx.save_for_backward(x, weight)
+            ctx.bias, ctx.statistics = bias, statistics
+            ctx.eps, ctx.kernels, ctx.speaker = eps, kernels, speaker
+        else:
+            ctx.mark_non_differentiable(y)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        try:
+            return _backward_over_ranks(ctx, dy)
+        except Exception as error:
+            ctx.speaker.give_up(error)
+            raise
+
+
+def _backward_over_ranks(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    x, weight = ctx.saved_tensors
+    wants_x, wants_weight, wants_bias, *_ = ctx.needs_input_grad
+    affine, statistics = Affine(weight, ctx.bias), ctx.statistics
+    check_held({"weight": weight})  # before any message; gradient_sums sees to the others
+    if is_differentiable(dy):
+        check_held({"the output's gradient": dy, "input": x})
+        comm = towards("differentiable backward", ctx.speaker, compiling=False)
+        ((dx, sums),) = differentiable_gradients((dy,), (x,), (weight,), ctx.eps, comm)
+    else:
+        steps, fused = ctx.kernels.steps, ctx.kernels.fused
+        sums, dx = steps.gradient_sums(dy, x, statistics), None
+        total = towards("backward", ctx.speaker, compiling=False).all_reduce(sums)
+        if wants_x:
+            dx, dweight, dbias = fused.gradients(
+                dy, x, affine=affine, statistics=statistics, own=sums, sums=total
+            )
+            return dx, dweight if wants_weight else None, dbias if wants_bias else None, None, None
+    wanted = Affine(weight if wants_weight else None, ctx.bias if wants_bias else None)
+    return dx, *parameter_gradients(sums, wanted), None, None
+
+
 # Function.apply looks first for torch.func, which does not come here: half a microsecond.
 _apply = super(torch.autograd.Function, _BatchNorm).apply
+_apply_over_ranks = super(torch.autograd.Function, _OverRanks).apply

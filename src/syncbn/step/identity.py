@@ -13,7 +13,6 @@ from types import FrameType
 from typing import Any, cast
 from zlib import crc32
 
-import torch
 import torch.nn as nn
 from torch import Tensor
 from torch.nn.functional import pad
@@ -122,6 +121,7 @@ def speaking(
     comm: Communicator,
     layer: nn.Module | None,
     channels: int,
+    compiling: bool,
     reproducible: bool = False,
     direction: str = "forward",
 ) -> Communicator:
@@ -132,15 +132,16 @@ def speaking(
     """
     if comm.size == 1:
         return comm
-    found = Caller() if torch.compiler.is_compiling() else _caller(layer, comm)
-    return Speaker(comm, Caller(direction, found.layer, channels, reproducible, *found[4:]))
+    found = Caller() if compiling else _caller(layer, comm)
+    caller = Caller(direction, found.layer, channels, reproducible, *found[4:])
+    return Speaker(comm, caller, compiling)
 
 
-def towards(direction: str, comm: Communicator) -> Communicator:
+def towards(direction: str, comm: Communicator, compiling: bool) -> Communicator:
     """The same for another direction, where the communicator tells any."""
     if not isinstance(comm, Speaker):
         return comm
-    return Speaker(comm.comm, comm.caller._replace(direction=direction))
+    return Speaker(comm.comm, comm.caller._replace(direction=direction), compiling)
 
 
 class Speaker(Communicator):
@@ -150,8 +151,9 @@ class Speaker(Communicator):
 
     rank = size = 0  # set below
 
-    def __init__(self, comm: Communicator, caller: Caller) -> None:
+    def __init__(self, comm: Communicator, caller: Caller, compiling: bool) -> None:
         self.comm, self.caller, self.rank, self.size = comm, caller, comm.rank, comm.size
+        self.compiling = compiling
 
     def tell(self, tensor: Tensor, flags: int) -> Received:
         """Every rank's tensor (*), and what it says beside it: see comm/frames.py."""
@@ -198,7 +200,7 @@ class Speaker(Communicator):
         return received
 
     def _run(self, collective: Callable[..., Any], *arguments: Any) -> Any:
-        if torch.compiler.is_compiling():  # what is raised when a graph runs has no layer
+        if self.compiling:  # what is raised when a graph runs has no layer
             return collective(*arguments)
         try:
             return collective(*arguments)

@@ -32,8 +32,8 @@ _EVAL = Mode(False, False, False, transforming=False, silent=True)
 
 def find_mode(input: Tensor, training: bool) -> Mode:
     """The mode of a forward. input: whatever a user gave as that."""
-    tracing: bool = torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
     compiling = torch.compiler.is_compiling()
+    tracing: bool = not compiling and torch._C._is_tracing()
     within = training and transforming()
     meta = isinstance(input, Tensor) and input.is_meta
     if not (tracing or compiling or within or meta):

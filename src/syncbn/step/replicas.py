@@ -46,9 +46,8 @@ def _normalise_all(shares: list[_Share]) -> Sequence[Tensor]:
     outer = first.comm.outer
     if outer.size > 1:
         refuse_join()
-    channels = first.input.shape[1]
-    exchange = Exchange(speaking(outer, first.options.layer, channels) if outer.size > 1 else LOCAL)
+    channels, (layer, compiling) = first.input.shape[1], (first.options.layer, first.mode.compiling)
+    comm = speaking(outer, layer, channels, compiling) if outer.size > 1 else LOCAL
+    parts, eps = [share.part for share in shares], first.options.eps
     with torch.set_grad_enabled(any(share.wants_graph for share in shares)):
-        return normalise_parts(
-            [share.part for share in shares], first.running, first.options.eps, exchange
-        )
+        return normalise_parts(parts, first.running, eps, Exchange(comm), compiling)

@@ -53,7 +53,8 @@ def _in_steps(call: Call, x: Tensor, mask: Tensor | None) -> Tensor:
         sets = packed.unsqueeze(0)
     else:
         speaker = speaking(
-            comm, call.options.layer, x.shape[1], direction="forward within a transform"
+            *(comm, call.options.layer, x.shape[1], call.mode.compiling),
+            direction="forward within a transform",
         )
         sets = gather(packed + graph_dependency(*call.affine), speaker)
     may_be_single = not x.is_meta and (mask is not None or x.numel() // x.shape[1] <= 1)

@@ -14,9 +14,12 @@ from torch import Tensor
 from torch.nn.functional import batch_norm
 
 
-def torchs_batch_norm(x: Tensor, *options: Any) -> Tensor:
-    """torch.nn.functional.batch_norm, whose result and gradient have the strides of x."""
-    if is_usual(x):
+def torchs_batch_norm(x: Tensor, *options: Any, visible: bool) -> Tensor:
+    """torch.nn.functional.batch_norm, whose result and gradient have the strides of x.
+
+    visible: False within a trace or a graph, where nobody sees which ones.
+    """
+    if not visible or _is_usual(x):
         return batch_norm(x, *options)
     strides = strides_like(x)
     usual = with_gradient_like(x)
@@ -28,15 +31,13 @@ def torchs_batch_norm(x: Tensor, *options: Any) -> Tensor:
     return laid(strides, y)
 
 
-def is_usual(x: Tensor) -> bool:
+def _is_usual(x: Tensor) -> bool:
     """Whether torch's operator keeps the layout of x, or nobody sees which one it has.
 
     Where a dimension has one element, whose stride means nothing, torch's backward takes one layout
     for another and is wrong.
     """
-    tracing: bool = torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
-    unseen = tracing or torch._C._are_functorch_transforms_active()
-    if unseen or x.is_meta or torch.compiler.is_compiling():
+    if x.is_meta or torch._C._are_functorch_transforms_active():
         return True
     return (1 not in x.shape or not torch.is_grad_enabled()) and (
         x.is_contiguous() or (x.dim() in (4, 5) and x.movedim(1, -1).is_contiguous())

@@ -11,12 +11,12 @@ from torch.nn import Parameter
 from .operators import define
 from .transforms import unwrapped
 
-_PLAIN = (Tensor, Parameter)
+PLAIN = (Tensor, Parameter)
 
 
 def is_dtensor(tensor: Tensor | None) -> bool:
     """Whether this is a DTensor, without importing what makes them."""
-    if tensor is None or type(tensor) in _PLAIN:
+    if tensor is None or type(tensor) in PLAIN:
         return False
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(tensor, module.DTensor)
@@ -81,7 +81,7 @@ def has_storage(tensor: Tensor) -> bool:
     except NotImplementedError:
         inner = _innermost(tensor)
         return inner is tensor or has_storage(inner)
-    if type(tensor) not in _PLAIN and is_dtensor(tensor):
+    if type(tensor) not in PLAIN and is_dtensor(tensor):
         return has_storage(_innermost(tensor))
     if held == tensor.nbytes and tensor.is_contiguous() and not tensor.storage_offset():
         return True  # as mostly: in half the time
