@@ -19,9 +19,7 @@ from __future__ import annotations
 import copy
 import ctypes
 import importlib.util
-import json
 import statistics
-import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable
@@ -32,7 +30,6 @@ from typing import Any
 import click
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from cpu_picture import draw, environment, report, shown
 from layer import (
     LAYOUTS,
@@ -41,6 +38,7 @@ from layer import (
     group_over_gloo,
     interleaved,
     join_gloo,
+    run_ranks,
     step,
     summary,
 )
@@ -55,7 +53,7 @@ PASSES = ("forward", "backward")
 TITLES = {
     "layers": "One layer in training mode, one process",
     "ranks": "A synchronised layer over gloo and through shared memory, forward + backward",
-    "model": "A DDP training step of ResNet-50, syncbn against torch.nn.BatchNorm2d",
+    "model": "A DDP training step, syncbn against torch.nn.BatchNorm2d",
     "accuracy": "Output of BatchNorm2d(affine=False) over mean/std of its input",
 }
 
@@ -174,24 +172,37 @@ def rank_rows(rank: int, rounds: int, quick: bool) -> list[dict[str, Any]]:
 
 
 def model_rows(rank: int, rounds: int, quick: bool) -> list[dict[str, Any]]:
-    """A training step of ResNet-50 under DDP, converted and with torch's layers as they are."""
+    """A training step of ResNets under DDP, converted and with torch's layers as they are."""
+    toy = {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1]}
+    if quick:
+        return [model_row("toy", toy, (2, 3, 32, 32), rank, rounds)]
+    return [
+        model_row(
+            "ResNet, depths 2-2-2-2", {"depths": [2, 2, 2, 2]}, (2, 3, 160, 160), rank, rounds
+        ),
+        model_row("ResNet-50", {}, (2, 3, 224, 224), rank, rounds),
+    ]
+
+
+def model_row(
+    name: str, config: dict[str, Any], shape: tuple[int, ...], rank: int, rounds: int
+) -> dict[str, Any]:
     from transformers import ResNetConfig, ResNetForImageClassification
 
-    toy = {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1]}
     torch.manual_seed(0)
-    plain = ResNetForImageClassification(ResNetConfig(**toy) if quick else ResNetConfig()).train()
+    plain = ResNetForImageClassification(ResNetConfig(**config)).train()
     models = {"syncbn": syncbn.convert(copy.deepcopy(plain), group_over_gloo()), "torch": plain}
     if not unavailable():
         models["shared"] = syncbn.convert(copy.deepcopy(plain), syncbn.comm.SharedMemory())
     torch.manual_seed(rank + 1)
-    images = torch.randn(2, 3, *(32, 32) if quick else (224, 224))
-    labels = torch.randint(2, (2,))
+    images, labels = torch.randn(shape), torch.randint(2, (2,))
     steps = {name: training_step(model, images, labels) for name, model in models.items()}
     times = interleaved(steps, rounds)
-    row = {f"{name}_ms": middle(values) for name, values in times.items()}
+    row = {"model": name, "images": shape}
+    row |= {f"{name}_ms": middle(values) for name, values in times.items()}
     for name in [name for name in models if name != "torch"]:
         row[f"{name}_over_torch"] = summary(times[name], times["torch"])[2]
-    return [{"images": images.shape} | row]
+    return row
 
 
 def training_step(model: nn.Module, images: Tensor, labels: Tensor) -> Callable[[], None]:
@@ -206,20 +217,11 @@ def training_step(model: nn.Module, images: Tensor, labels: Tensor) -> Callable[
     return run
 
 
-def run_rank(rank: int, ranks: int, mode: str, rounds: int, quick: bool, folder: str) -> None:
-    torch.set_num_threads(1)
+def run_rank(rank: int, task: tuple, folder: Path, _: object) -> list[dict[str, Any]]:
+    ranks, mode, rounds, quick = task
     torch.manual_seed(rank)
     join_gloo(rank, ranks, folder)
-    rows = {"ranks": rank_rows, "model": model_rows}[mode](rank, rounds, quick)
-    if rank == 0:
-        Path(folder, "rows.json").write_text(json.dumps(rows))
-    dist.destroy_process_group()
-
-
-def run_ranks(ranks: int, *setting: Any) -> list[dict[str, Any]]:
-    with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(run_rank, (ranks, *setting, folder), ranks)
-        return json.loads(Path(folder, "rows.json").read_text())
+    return {"ranks": rank_rows, "model": model_rows}[mode](rank, rounds, quick)
 
 
 def accuracy_rows(shape: tuple[int, ...]) -> list[dict[str, Any]]:
@@ -267,7 +269,7 @@ def main(
         rows = accuracy_rows(shape := (2, 4, 8, 8) if quick else (8, 4, 512, 512))
         what = f"{shown(shape)} float32 channels_last, 1 thread"
     else:
-        rows = run_ranks(ranks, mode, rounds, quick)
+        rows = run_ranks(run_rank, (ranks, mode, rounds, quick), ranks)
         what = f"float32 contiguous per rank, {ranks} ranks, 1 thread each, {rounds} rounds"
     if picture:
         draw(rows, environment(what), picture)

@@ -16,22 +16,22 @@ import os
 import platform
 import statistics
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import click
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
 import syncbn
+from syncbn.launch import Worker, launch
 
 SHAPES = ((2, 64, 128, 128), (2, 256, 56, 56), (4, 512, 28, 28), (8, 2048, 7, 7))
 PASSES = ("forward", "fwd+bwd")
@@ -149,16 +149,13 @@ def summary(times: list[float], peer: list[float]) -> tuple[float, float, float]
     return middle * 1e3, (high - low) / 2 * 1e3, ratio
 
 
-def run_rank(rank: int, ranks: int, setting: Setting, folder: str) -> None:
+def run_rank(rank: int, task: tuple[int, Setting], folder: Path, _: object) -> list[Row]:
+    ranks, setting = task
     torch.set_num_threads(setting.threads)
     torch.manual_seed(rank)
     if ranks > 1:
         join_gloo(rank, ranks, folder)
-    rows = measure(setting, ranks)
-    if rank == 0:
-        Path(folder, "rows.json").write_text(json.dumps([asdict(row) for row in rows]))
-    if ranks > 1:
-        dist.destroy_process_group()
+    return measure(setting, ranks)
 
 
 def group_over_gloo() -> dist.ProcessGroup:
@@ -169,17 +166,14 @@ def group_over_gloo() -> dist.ProcessGroup:
     return group
 
 
-def join_gloo(rank: int, ranks: int, folder: str) -> None:
-    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # gloo of older torch prints to stdout
+def join_gloo(rank: int, ranks: int, folder: Path) -> None:
     store = f"file://{folder}/store"
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=ranks)
 
 
-def run_ranks(ranks: int, setting: Setting) -> list[Row]:
-    with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(run_rank, (ranks, setting, folder), ranks)
-        rows = json.loads(Path(folder, "rows.json").read_text())
-    return [Row(**row | {"shape": tuple(row["shape"])}) for row in rows]
+def run_ranks(worker: Worker, task: Any, ranks: int) -> Any:
+    """What ``worker(rank, task, folder, send)`` returns on rank 0."""
+    return launch(worker, task, ranks=ranks, on_message=print)
 
 
 def environment(setting: Setting) -> str:
@@ -231,7 +225,7 @@ def main(
     as_json: bool,
 ) -> None:
     setting = Setting(shapes, layout, dtype, threads, rounds)
-    rows = [row for count in ranks for row in run_ranks(count, setting)]
+    rows = [row for count in ranks for row in run_ranks(run_rank, (count, setting), count)]
     if as_json:
         result = {"environment": environment(setting), "rows": [asdict(row) for row in rows]}
         json.dump(result, sys.stdout, indent=1)

@@ -43,7 +43,7 @@ def launch(worker: Worker, task: Any, *, ranks: int, on_message: Callable[[Any],
         KeyboardInterrupt, SystemExit: SIGINT, SIGTERM to this process; all ranks have been ended.
     """
     spawn = multiprocessing.get_context("spawn")
-    with _noted_signals() as noted, tempfile.TemporaryDirectory(prefix="syncbn-demo-") as name:
+    with _noted_signals() as noted, tempfile.TemporaryDirectory(prefix="syncbn-") as name:
         folder = Path(name)
         # By a file: a large argument would make each start wait for the previous rank's imports.
         _write(folder / "task", (worker, task))

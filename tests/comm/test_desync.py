@@ -6,6 +6,7 @@ import time
 
 import pytest
 import torch
+import torch._dynamo.testing
 import torch.distributed as dist
 from torch import nn
 
@@ -281,3 +282,34 @@ def test_a_layer_has_the_name_that_it_has_in_the_model_that_runs_it(ranks):
         return caught.value.layer
 
     assert ranks(2, step) == ["parts.0", "parts.1"]
+
+
+def compiled(odd, mixed, backend):
+    """A swap in blocks that share one graph; on one rank, if mixed, the same blocks without."""
+
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear, self.norm = nn.Linear(WIDTH, WIDTH), nn.BatchNorm1d(WIDTH)
+
+        def forward(self, given):
+            return self.norm(self.linear(given)).relu()
+
+    counted = torch._dynamo.testing.CompileCounterWithBackend(backend)
+    blocks = syncbn.convert(nn.ModuleDict({name: Block() for name in ("first", "second")}))
+    if not (mixed and odd):
+        for block in blocks.values():
+            block.compile(backend=counted, fullgraph=True)
+    run(blocks, ["first", "second"])
+    with pytest.raises(syncbn.DesyncError) as caught:
+        run(blocks, ["second", "first"] if odd else ["first", "second"])
+    return caught.value.ranks, counted.frame_count
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_layers_in_graphs_have_names(ranks, backend, mixed):
+    for said, graphs in ranks(2, lambda rank: compiled(rank == 1, mixed, backend)):
+        assert "forward of layer 'first.norm'" in said[0]
+        assert "forward of layer 'second.norm'" in said[1]
+        assert graphs <= 1

@@ -13,7 +13,7 @@ from support.cases import laid_out, layouts
 from support.kernels import needs_native
 from support.scripts import execute
 from syncbn import kernels
-from syncbn.kernels import composite, native
+from syncbn.kernels import Affine, Running, composite, native
 from syncbn.numerics.moments import unpack
 
 
@@ -107,10 +107,28 @@ def test_operators_pass_opcheck(shape):
         (ops.total_samples, (totals,)),
         (ops.batch_norm, (x, weight, None, *running, 0.1, 1e-5)),
         (ops.batch_norm_backward, (x, x, weight, weight.double(), torch.stack((mean, invstd)))),
+        (ops.measure_checked, (x, weight, None, *running, 0.1)),
+        (ops.gradients, (x, x, weight, weight.double(), mean, invstd, count, sums, sums)),
     ):
         if op in (ops.batch_norm, ops.batch_norm_backward) and not len(x):
             continue
         torch.library.opcheck(op.default, args, test_utils=("test_schema", "test_faketensor"))
+
+
+@needs_native
+def test_the_operators_for_ranks_are_the_steps():
+    dtype = torch.bfloat16
+    x, dy = torch.randn(2, 4, 3, 5, 6, dtype=dtype)
+    affine, running = Affine(torch.rand(3), torch.rand(3, dtype=dtype)), Running()
+    packed = native.measure_checked(x, affine=affine, running=running)
+    assert torch.equal(packed, native.measure(x))
+    _, statistics = native.normalise(x, packed.unsqueeze(0), eps=1e-5)
+    own = native.gradient_sums(dy, x, statistics)
+    given = {"statistics": statistics, "sums": 2 * own}
+    dx, dweight, dbias = native.gradients(dy, x, affine=affine, own=own, **given)
+    assert torch.equal(dx, native.input_gradient(dy, x, weight=affine.weight, **given))
+    assert torch.equal(dweight, own[1].float())
+    assert torch.equal(dbias, own[0].to(dtype))
 
 
 @needs_native

@@ -62,6 +62,32 @@ void exchanges(int64_t size, uint32_t first, const Patience& patience) {
   });
 }
 
+// A head and a body that lie apart arrive as one message; heads that differ are seen.
+void heads_and_bodies() {
+  const World world(3, 64, 0);
+  on_ranks(world, [&](int64_t rank) {
+    const Patience patience{10, 1, 1000000000000};
+    for (uint32_t number = 1; number <= 60; ++number) {
+      const bool differ = number % 3 == 0 && rank == 2;
+      const int64_t head[2] = {number, differ ? 1 : 0}, body[2] = {rank, number};
+      publish(
+          world.memory, rank, number,
+          {reinterpret_cast<const char*>(head), 16, reinterpret_cast<const char*>(body), 16, 48});
+      check(wait_for_all(world.memory, number, 0, patience) == 3, "all heads come");
+      check(begin_alike(world.memory, number, 16) == (number % 3 != 0), "heads are compared");
+      int64_t bodies[6], messages[18];
+      copy_all(world.memory, number, 16, reinterpret_cast<char*>(bodies), 16, 16);
+      copy_all(world.memory, number, 0, reinterpret_cast<char*>(messages), 48, 48);
+      for (int64_t other = 0; other < 3; ++other) {
+        const int64_t* message = messages + 6 * other;
+        check(bodies[2 * other] == other && bodies[2 * other + 1] == number, "bodies arrive");
+        check(message[0] == number && message[2] == other && message[4] == 0 && message[5] == 0,
+              "messages arrive, filled up with zeros");
+      }
+    }
+  });
+}
+
 void an_end_wakes_who_waits() {
   const World world(3, 8, 0);
   on_ranks(world, [&](int64_t rank) {
@@ -92,6 +118,7 @@ int main() {
     exchanges(size, UINT32_MAX - 200, {0, 0, 1000000000});
     exchanges(size, 7, {0, 0, 1000});  // nearly no patience: they come back again and again
   }
+  heads_and_bodies();
   an_end_wakes_who_waits();
   time_ends();
   std::printf("exchange: %d failed\n", int(faults));

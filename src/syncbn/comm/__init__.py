@@ -10,7 +10,7 @@ from .base import Communicator, Local
 from .framed import Framed
 from .frames import Received
 from .given import default_group, from_torch, refuse_join
-from .graphs import InGraph
+from .graphs import InGraph, know_layers
 from .groups import subgroups
 from .headers import MAY, WANTS, Caller
 from .mpi import MPI
@@ -36,6 +36,7 @@ __all__ = [
     "Threads",
     "Unplaced",
     "default_group",
+    "know_layers",
     "refuse_join",
     "resolve",
     "subgroups",

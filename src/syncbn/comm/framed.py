@@ -7,12 +7,11 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
-from . import tracing
+from . import devices, tracing
 from .base import Communicator, described
 from .frames import DesyncError, Frames, Received, Swapped
-from .headers import NOBODY, WANTS, Caller
+from .headers import NOBODY, Caller
 from .packing import frame_of
 from .waiting import Notes
 
@@ -80,26 +79,24 @@ class Framed(Communicator):
         raise NotImplementedError
 
     def all_gather(self, tensor: Tensor) -> Tensor:
-        if not self._takes_frames(tensor):
-            return self._beside(self._send, tensor, "all_gather", NOBODY)
         return self.gather(tensor, NOBODY, 0).rows.contiguous()
 
     def all_reduce(self, tensor: Tensor) -> Tensor:
         return self.reduce(tensor, NOBODY)
 
-    def gather(self, tensor: Tensor, caller: Caller, flags: int) -> Received:
-        """:meth:`all_gather`, and what each rank says beside it."""
+    def gather(
+        self, tensor: Tensor, caller: Caller, flags: int, layer: Tensor | None = None
+    ) -> Received:
+        """:meth:`all_gather`, and what each rank says beside it. layer: for graphs.py."""
         if not self._takes_frames(tensor):
-            sent = pad(tensor.reshape(-1), (1, 0), value=float(flags & WANTS))
-            received = self._beside(self._send, sent, "all_gather", caller)
-            return Received(received[:, 1:].reshape(-1, *tensor.shape), received[:, 0])
+            return devices.gather(self, tensor, caller, flags)
         rows, said = self._frames.exchange(self, "all_gather", tensor, caller, flags)
         return Received(rows if tensor.is_cpu else rows.to(tensor.device), said)
 
-    def reduce(self, tensor: Tensor, caller: Caller) -> Tensor:
-        """:meth:`all_reduce` for a caller."""
+    def reduce(self, tensor: Tensor, caller: Caller, layer: Tensor | None = None) -> Tensor:
+        """:meth:`all_reduce` for a caller. layer: for graphs.py."""
         if not self._takes_frames(tensor):
-            return self._beside(self._reduce, tensor, "all_reduce", caller)
+            return devices.reduce(self, tensor, caller)
         if self.size <= self.direct_exchange_max_size:
             rows, _ = self._frames.exchange(self, "all_reduce", tensor, caller, 0)
             return rows.sum(0, dtype=tensor.dtype).to(tensor.device)

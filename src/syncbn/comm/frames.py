@@ -37,13 +37,14 @@ from .packing import HEAD, HEADER, frame_of, heads_of, plain, rows_of
 from .waiting import Waiting
 
 if TYPE_CHECKING:
+    from .devices import Later
     from .framed import Framed
 
 _Result = TypeVar("_Result")
 _ACCOUNT = 64  # words in which a rank says what it called
 _FIRST = 64  # words of a frame, beside the header, where nothing is known
 _KEPT = 10_000  # calls whose followers are remembered
-_REMEDY = (
+REMEDY = (
     "every rank must run the same layers in the same order, and backward where the others do: look "
     "for a branch that some ranks take, a layer that eval() or torch.no_grad() leaves out on some, "
     "loaders of different lengths (iterate over syncbn.until_all_done(loader)), and options or "
@@ -90,6 +91,7 @@ class Frames:
         self.number, self.text = 0, ""  # of the last call
         self.waiting = Waiting(comm._name(), comm.rank, comm.size, comm._notes())
         self.place = Place(comm)
+        self.later: Later | None = None  # of calls on devices
         self._kinds: dict[tuple[object, ...], Kind] = {}
         self._last = 0  # the digest of the last call that ranks agreed on
         self._followed: dict[int, int] = {}  # by as many words at most
@@ -230,7 +232,7 @@ class Frames:
         listed = "; ".join(f"rank {rank}: {text}" for rank, text in enumerate(texts))
         return DesyncError(
             f"{comm._name()}: ranks call different collectives: {listed} (call "
-            f"{self.number}); {_REMEDY}",
+            f"{self.number}); {REMEDY}",
             caller.layer,
             dict(enumerate(texts)),
         )

@@ -37,14 +37,16 @@ class _Traced(ProcessGroup):
         self.group, self.rank, self.size = name, rank, size
         self._in_graph = InGraph(name, rank, size)
 
-    def gather(self, tensor: Tensor, caller: Caller, flags: int) -> Received:
+    def gather(
+        self, tensor: Tensor, caller: Caller, flags: int, layer: Tensor | None = None
+    ) -> Received:
         if tensor.device.type == "cpu":
-            return self._in_graph.gather(tensor, caller, flags)
+            return self._in_graph.gather(tensor, caller, flags, layer)
         return super().gather(tensor, caller, flags)
 
-    def reduce(self, tensor: Tensor, caller: Caller) -> Tensor:
+    def reduce(self, tensor: Tensor, caller: Caller, layer: Tensor | None = None) -> Tensor:
         if tensor.device.type == "cpu":
-            return self._in_graph.reduce(tensor, caller)
+            return self._in_graph.reduce(tensor, caller, layer)
         return super().reduce(tensor, caller)
 
     def all_gather(self, tensor: Tensor) -> Tensor:

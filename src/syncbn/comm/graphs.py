@@ -1,7 +1,8 @@
 """Exchanges in compiled graphs: operators that are opaque there, and frames when they run.
 
-A graph knows a communicator by its name, so that one graph serves all layers of a kind. Ranks, some
-of which run a graph and some the same layers without, exchange the same messages.
+A graph knows a communicator by its name, and the layer that calls by a tensor that the layer keeps,
+which is an input of the graph: so one graph serves all layers of a kind. Ranks, some of which run a
+graph and some the same layers without, exchange the same messages.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from .headers import NOBODY, Caller
 
 _numbers = itertools.count(1)
 _known: dict[str, Callable[[], Framed | None]] = {}
+_callers: list[Callable[[int, Framed], Caller]] = []
 
 
 def take_name(comm: Framed) -> None:
@@ -36,6 +38,11 @@ def know(name: str, find: Callable[[], Framed | None]) -> None:
     _known[name] = find
 
 
+def know_layers(find: Callable[[int, Framed], Caller]) -> None:
+    """Let graphs find who calls, by the number in the tensor that a layer keeps."""
+    _callers[:] = [find]
+
+
 class InGraph(Framed):
     """A communicator while torch.compile traces."""
 
@@ -44,13 +51,16 @@ class InGraph(Framed):
     def __init__(self, name: str, rank: int, size: int) -> None:
         self.name, self.rank, self.size = name, rank, size
 
-    def gather(self, tensor: Tensor, caller: Caller, flags: int) -> Received:
-        who = self.name, self.size, caller.direction, caller.channels, caller.reproducible
-        return Received(torch.ops.syncbn.gather.default(tensor, *who, flags), ())
+    def gather(
+        self, tensor: Tensor, caller: Caller, flags: int, layer: Tensor | None = None
+    ) -> Received:
+        what = caller.direction, caller.channels, caller.reproducible, flags
+        rows = torch.ops.syncbn.gather.default(tensor, layer, self.name, self.size, *what)
+        return Received(rows, ())
 
-    def reduce(self, tensor: Tensor, caller: Caller) -> Tensor:
-        who = self.name, caller.direction, caller.channels, caller.reproducible
-        total: Tensor = torch.ops.syncbn.reduce.default(tensor, *who)
+    def reduce(self, tensor: Tensor, caller: Caller, layer: Tensor | None = None) -> Tensor:
+        what = caller.direction, caller.channels, caller.reproducible
+        total: Tensor = torch.ops.syncbn.reduce.default(tensor, layer, self.name, *what)
         return total
 
     def all_gather(self, tensor: Tensor) -> Tensor:
@@ -70,8 +80,16 @@ def _found(name: str) -> Framed:
     return comm
 
 
+def _caller(
+    comm: Framed, layer: Tensor | None, direction: str, channels: int, reproducible: bool
+) -> Caller:
+    found = Caller() if layer is None else _callers[0](int(layer), comm)
+    return Caller(direction, found.layer, channels, reproducible, *found[4:])
+
+
 def _gather(
     tensor: Tensor,
+    layer: Tensor | None,
     name: str,
     size: int,
     direction: str,
@@ -79,12 +97,21 @@ def _gather(
     reproducible: bool,
     flags: int,
 ) -> Tensor:
-    caller = Caller(direction, "", channels, reproducible)
-    return _found(name).gather(tensor, caller, flags).rows.contiguous()
+    comm = _found(name)
+    caller = _caller(comm, layer, direction, channels, reproducible)
+    return comm.gather(tensor, caller, flags).rows.contiguous()
 
 
-def _reduce(tensor: Tensor, name: str, direction: str, channels: int, reproducible: bool) -> Tensor:
-    return _found(name).reduce(tensor, Caller(direction, "", channels, reproducible))
+def _reduce(
+    tensor: Tensor,
+    layer: Tensor | None,
+    name: str,
+    direction: str,
+    channels: int,
+    reproducible: bool,
+) -> Tensor:
+    comm = _found(name)
+    return comm.reduce(tensor, _caller(comm, layer, direction, channels, reproducible))
 
 
 def _keep_order_in_inductor() -> None:
@@ -107,7 +134,7 @@ def _keep_order_in_inductor() -> None:
         lowering.register_lowering(operator, type_promotion_kind=None)(lower)
 
 
-def _gathered_shape(tensor: Tensor, comm: str, size: int, *_: Any) -> Tensor:
+def _gathered_shape(tensor: Tensor, layer: Tensor | None, comm: str, size: int, *_: Any) -> Tensor:
     _keep_order_in_inductor()  # which asks for shapes before it compiles
     return tensor.new_empty(size, *tensor.shape)
 
@@ -119,8 +146,10 @@ def _reduced_shape(tensor: Tensor, *_: Any) -> Tensor:
 
 _CALLER = "str direction, int channels, bool reproducible"
 define(
-    f"gather(Tensor tensor, str comm, int size, {_CALLER}, int flags) -> Tensor",
+    f"gather(Tensor tensor, Tensor? layer, str comm, int size, {_CALLER}, int flags) -> Tensor",
     _gather,
     _gathered_shape,
 )
-define(f"reduce(Tensor tensor, str comm, {_CALLER}) -> Tensor", _reduce, _reduced_shape)
+define(
+    f"reduce(Tensor tensor, Tensor? layer, str comm, {_CALLER}) -> Tensor", _reduce, _reduced_shape
+)

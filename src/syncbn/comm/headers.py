@@ -9,7 +9,7 @@ from typing import NamedTuple
 VERSION = 1  # of the protocol; ranks with another one are refused
 WANTS, MAY = 1, 2  # flags: wants a gradient; could take part in a backward if another rank does
 Head = tuple[int, ...]  # version and flags, what is called, the call's number, the layer
-_NAMED, _FOUND = 1 << 62, 1 << 61  # the layer is a digest of its name
+NAMED, _FOUND = 1 << 62, 1 << 61  # the layer is a digest of its name
 
 
 class Caller(NamedTuple):
@@ -57,7 +57,7 @@ def kind_of(told: str, caller: Caller) -> Kind:
     what = caller._replace(layer="", named=False, found=False, number=0, trail=0)
     layer = caller.number << 32 | caller.trail
     if caller.named or caller.found:
-        layer = _digest(caller.layer) | (_NAMED if caller.named else _FOUND)
+        layer = _digest(caller.layer) | (NAMED if caller.named else _FOUND)
     return Kind(f"{told}{caller}", _digest(f"{told} {what}"), layer)
 
 
@@ -80,7 +80,7 @@ def agree(heads: Sequence[Head]) -> bool:
     if any(head[1] != first[1] or head[0] >> 32 != first[0] >> 32 for head in heads):
         return False
     layers = {head[3] for head in heads if head[3]}  # those that are known
-    if len(layers) > 1 and any(layer & _NAMED for layer in layers):
+    if len(layers) > 1 and any(layer & NAMED for layer in layers):
         return False
     numbers: dict[int, int] = {}
     for layer in () if any(layer & _FOUND for layer in layers) else layers:

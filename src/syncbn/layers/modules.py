@@ -201,7 +201,7 @@ class SyncBatchNorm(_BatchNorm):
 
     def _state(self) -> dict[str, Any]:
         """What copies take over: masks belong to a context around this layer, a number to it."""
-        own = {"_mask_sources": tuple, "_identity": Number}
+        own = {"_mask_sources": tuple, "_identity": Number, "_token": Tensor}
         return {k: v for k, v in vars(self).items() if k not in own or not isinstance(v, own[k])}
 
     def __copy__(self) -> Self:

@@ -16,7 +16,7 @@ from torch.nn.modules.lazy import LazyModuleMixin
 from ..batches.empty import own_forward, unwatch_copy
 from ..comm import resolve, subgroups
 from ..layers.modules import SyncBatchNorm
-from ..step.identity import take_name
+from ..step.identity import forget, take_name
 from .data_parallel import DataParallel
 from .graphs import compiled_batch_norms
 from .names import described, names_of_modules
@@ -187,7 +187,8 @@ def revert(module: ModuleT) -> ModuleT:
         lazy = isinstance(layer, LazyModuleMixin)
         source = origin.source if lazy else _materialised(origin.source)
         layer.skip_nonfinite = False
-        for attribute in ("_origin", "_identity", "process_group", "reproducible", "_mask_sources"):
+        forget(layer)
+        for attribute in ("_origin", "process_group", "reproducible", "_mask_sources"):
             vars(layer).pop(attribute, None)
         if issubclass(source, nn.SyncBatchNorm):
             layer.process_group = origin.process_group

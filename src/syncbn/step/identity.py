@@ -7,17 +7,21 @@ layers in the same order give them the same ones.
 
 from __future__ import annotations
 
+import itertools
 import sys
+import weakref
 from collections.abc import Callable
 from types import FrameType
 from typing import Any, cast
 from zlib import crc32
 
+import torch
 import torch.nn as nn
 from torch import Tensor
 from torch.nn.functional import pad
+from torch.utils._mode_utils import no_dispatch
 
-from ..comm import WANTS, Caller, Communicator, Framed, Received, Threads
+from ..comm import WANTS, Caller, Communicator, Framed, Received, Threads, know_layers
 from ..comm.frames import DesyncError
 
 
@@ -50,10 +54,27 @@ class Number:
         self.name, self.trail = "", 0
 
 
+_tokens = itertools.count(1)
+_layers: weakref.WeakValueDictionary[int, nn.Module] = weakref.WeakValueDictionary()
+
+
 def take_number(layer: nn.Module) -> None:
-    """Give a layer a number, unless it is known by something."""
+    """Give a layer a number, unless it is known by something; and a token for graphs."""
     if "_identity" not in vars(layer):
         vars(layer)["_identity"] = Number(_counter_of(getattr(layer, "process_group", None)), layer)
+    if "_token" not in vars(layer):
+        number = next(_tokens)
+        with no_dispatch():  # of this process, though the model be made without memory
+            vars(layer)["_token"] = torch.tensor(number, device="cpu")
+        _layers[number] = layer
+
+
+def _caller_of_token(number: int, comm: Communicator) -> Caller:
+    layer = _layers.get(number)
+    return Caller() if layer is None else _caller(layer, comm)
+
+
+know_layers(_caller_of_token)
 
 
 def take_name(layer: nn.Module, name: str) -> None:
@@ -66,6 +87,12 @@ def take_name(layer: nn.Module, name: str) -> None:
     if name and known != name and not known.endswith(f".{name}"):
         vars(layer)["_identity"] = name
     take_number(layer)
+
+
+def forget(layer: nn.Module) -> None:
+    """Undo :func:`take_name` and :func:`take_number`."""
+    for attribute in ("_identity", "_token"):
+        vars(layer).pop(attribute, None)
 
 
 def identity_of(layer: nn.Module | None) -> str:
@@ -128,20 +155,24 @@ def speaking(
     """The communicator for a call of a layer, which tells the other ranks whose call it is.
 
     A graph that read the name would serve this layer only, where a block that is compiled once
-    serves many.
+    serves many: it takes the layer's token, and the name is found when it runs.
     """
     if comm.size == 1:
         return comm
-    found = Caller() if compiling else _caller(layer, comm)
+    if compiling:
+        caller = Caller(direction, "", channels, reproducible)
+        return Speaker(comm, caller, True, getattr(layer, "_token", None))
+    found = _caller(layer, comm)
     caller = Caller(direction, found.layer, channels, reproducible, *found[4:])
-    return Speaker(comm, caller, compiling)
+    return Speaker(comm, caller, False)
 
 
 def towards(direction: str, comm: Communicator, compiling: bool) -> Communicator:
     """The same for another direction, where the communicator tells any."""
     if not isinstance(comm, Speaker):
         return comm
-    return Speaker(comm.comm, comm.caller._replace(direction=direction), compiling)
+    caller = comm.caller._replace(direction=direction)
+    return Speaker(comm.comm, caller, compiling, comm.token)
 
 
 class Speaker(Communicator):
@@ -151,9 +182,11 @@ class Speaker(Communicator):
 
     rank = size = 0  # set below
 
-    def __init__(self, comm: Communicator, caller: Caller, compiling: bool) -> None:
+    def __init__(
+        self, comm: Communicator, caller: Caller, compiling: bool, token: Tensor | None = None
+    ) -> None:
         self.comm, self.caller, self.rank, self.size = comm, caller, comm.rank, comm.size
-        self.compiling = compiling
+        self.compiling, self.token = compiling, token
 
     def tell(self, tensor: Tensor, flags: int) -> Received:
         """Every rank's tensor (*), and what it says beside it: see comm/frames.py."""
@@ -177,7 +210,7 @@ class Speaker(Communicator):
 
     def _told(self, tensor: Tensor, flags: int) -> Received:
         if isinstance(self.comm, Framed):
-            return self.comm.gather(tensor, self.caller, flags)
+            return self.comm.gather(tensor, self.caller, flags, self.token)
         received = self._gathered(pad(tensor, (1, 0), value=float(flags & WANTS)))
         return Received(received[:, 1:], received[:, 0])
 
@@ -186,7 +219,7 @@ class Speaker(Communicator):
 
     def _reduced(self, tensor: Tensor) -> Tensor:
         if isinstance(self.comm, Framed):
-            return self.comm.reduce(tensor, self.caller)
+            return self.comm.reduce(tensor, self.caller, self.token)
         return self._checked("all_reduce", self.comm.all_reduce(tensor), tuple(tensor.shape))
 
     def _checked(self, operation: str, received: Tensor, shape: tuple[int, ...]) -> Tensor:

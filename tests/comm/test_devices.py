@@ -1,0 +1,168 @@
+"""Headers of messages on devices: compared at a later call, by ranks none of which waits for them.
+
+The CPU stands for a device here: its messages take no frames, and go over gloo.
+"""
+
+from __future__ import annotations
+
+import os
+from unittest import mock
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+
+import syncbn
+from syncbn.comm import devices, process_group
+
+WIDTH = 4
+
+
+class Event:
+    """One of a device, that has taken place when a test says so."""
+
+    def __init__(self, *_):
+        self.over = False
+
+    def query(self):
+        return self.over
+
+    def synchronize(self):
+        self.over = True
+
+
+def model():
+    layers = {name: nn.BatchNorm1d(WIDTH) for name in ("first", "second")}
+    return syncbn.convert(nn.ModuleDict(layers))
+
+
+def x(width=WIDTH):
+    return torch.randn(3, width, requires_grad=True)
+
+
+def on_device(program):
+    """The program in a rank whose tensors are as on a device."""
+    before = process_group.ProcessGroup._takes_frames
+    process_group.ProcessGroup._takes_frames = lambda self, tensor: False
+    try:
+        return program()
+    finally:
+        process_group.ProcessGroup._takes_frames = before
+
+
+def test_steps_equal_those_of_frames(ranks):
+    def step(rank):
+        def run():
+            torch.manual_seed(rank)
+            layers, given = model(), x()
+            y = layers["second"](layers["first"](given))
+            y.square().mul(y).sum().backward()
+            return y.detach(), given.grad, layers["first"].weight.grad
+
+        return run(), on_device(run)
+
+    for usual, found in ranks(2, step):
+        for a, b in zip(usual, found, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("when", ["at_once", ""])
+def test_the_next_call_tells(ranks, when):
+    """By then the first one's headers have come; or the call itself waits for them."""
+
+    def step(rank):
+        names = ("first", "second") if rank else ("second", "first")
+
+        def run():
+            layers = model()
+            for name in ("first", "second"):
+                layers[name](x())
+            if not when:
+                layers[names[0]](x())
+            with pytest.raises(syncbn.DesyncError) as caught:
+                layers[names[1 if not when else 0]](x())
+            layers["first"](x()).sum().backward()  # all go on together
+            return caught.value.ranks, caught.value.layer, str(caught.value)
+
+        with mock.patch.dict(os.environ, {devices.VARIABLE: when}):
+            return on_device(run)
+
+    for rank, (said, layer, text) in enumerate(ranks(2, step)):
+        assert "forward of layer 'second'" in said[0]
+        assert "forward of layer 'first'" in said[1]
+        assert layer == ("first" if rank else "second")
+        assert "SYNCBN_COMPARE=at_once" in text
+
+
+def test_backward_tells(ranks):
+    def step(rank):
+        def run():
+            layers = model()
+            outputs = [layers[name](x()) for name in ("first", "second")]
+            outputs[rank].sum().backward()
+            with pytest.raises(syncbn.DesyncError) as caught:
+                layers["first"](x())
+            return caught.value.ranks
+
+        return on_device(run)
+
+    for said in ranks(2, step):
+        assert "backward of layer 'first'" in said[0]
+        assert "backward of layer 'second'" in said[1]
+
+
+def test_nobody_waits_for_a_device(ranks):
+    """Headers that have not come are left for a later call, in the order of calls."""
+
+    def step(rank):
+        def run():
+            layers, waiting = model(), []
+            layers["first"](x())
+            sent = syncbn.comm.resolve(None)._frames.later._sent
+            sent[0] = sent[0]._replace(arrived=(event := Event()))
+            layers["second" if rank else "first"](x())
+            layers["first"](x())
+            waiting.append(len(sent))
+            event.over = True
+            with pytest.raises(syncbn.DesyncError):
+                layers["first"](x())
+            return waiting
+
+        return on_device(run)
+
+    assert ranks(2, step) == [[3], [3]]
+
+
+def test_who_says_nothing_agrees_with_all(ranks):
+    """A compiled or captured step, on some ranks."""
+
+    def step(rank):
+        def run():
+            layers = model()
+            silent, devices._is_silent = devices._is_silent, lambda: rank == 1
+            try:
+                for _ in range(2):
+                    layers["first"](x()).sum().backward()
+            finally:
+                devices._is_silent = silent
+            layers["first"](x())
+
+        return on_device(run)
+
+    ranks(2, step)
+
+
+def test_dtypes_that_hold_no_header(ranks):
+    def step(rank):
+        def run():
+            comm = syncbn.comm.resolve(dist.group.WORLD)
+            rows = comm.all_gather(torch.full((3,), rank, dtype=torch.float32))
+            return rows, comm.all_reduce(torch.full((3,), rank + 1.0, dtype=torch.bfloat16))
+
+        return on_device(run)
+
+    for rows, total in ranks(2, step):
+        assert rows.tolist() == [[0] * 3, [1] * 3]
+        assert total.tolist() == [3] * 3
+        assert total.dtype == torch.bfloat16
