@@ -15,6 +15,7 @@ from torch import nn
 
 import syncbn
 from syncbn.comm import devices, process_group
+from syncbn.comm import given as given_room
 
 WIDTH = 4
 
@@ -43,12 +44,16 @@ def x(width=WIDTH):
 
 def on_device(program):
     """The program in a rank whose tensors are as on a device."""
-    before = process_group.ProcessGroup._takes_frames
-    process_group.ProcessGroup._takes_frames = lambda self, tensor: False
-    try:
+    as_there = {
+        "_takes_frames": lambda self, tensor: False,
+        "_channel": lambda self: None,
+        "_direct": lambda self, tensor: False,
+    }
+    with (
+        mock.patch.multiple(process_group.ProcessGroup, **as_there),
+        mock.patch.object(process_group, "engine_of", return_value="nccl"),
+    ):
         return program()
-    finally:
-        process_group.ProcessGroup._takes_frames = before
 
 
 def test_steps_equal_those_of_frames(ranks):
@@ -166,3 +171,32 @@ def test_dtypes_that_hold_no_header(ranks):
         assert rows.tolist() == [[0] * 3, [1] * 3]
         assert total.tolist() == [3] * 3
         assert total.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_graphs_exchange_with_ranks_that_have_none(ranks, backend):
+    """By torch's own operators, of as many numbers."""
+
+    def step(rank):
+        def run():
+            torch.manual_seed(0)
+            layers, given = model(), torch.randn(6, WIDTH)[3 * rank :][:3].requires_grad_()
+            call = layers["first"]
+            if rank:
+                call = torch.compile(call, backend=backend, fullgraph=True)
+            y = call(given)
+            y.square().mul(y).sum().backward()
+            return y.detach(), given.grad
+
+        def never(tensor):
+            return False
+
+        with mock.patch.object(given_room, "_is_opaque", never):
+            return on_device(run)
+
+    torch.manual_seed(0)
+    layer, whole = nn.BatchNorm1d(WIDTH), torch.randn(6, WIDTH).requires_grad_()
+    y = layer(whole)
+    y.square().mul(y).sum().backward()
+    for expected, found in zip((y, whole.grad), zip(*ranks(2, step), strict=True), strict=True):
+        torch.testing.assert_close(torch.cat(found), expected, rtol=1e-5, atol=1e-5)

@@ -75,7 +75,7 @@ def reduce(comm: Framed, tensor: Tensor, caller: Caller) -> Tensor:
     """See :meth:`Framed.reduce`. Each rank adds its header to zeros of the others."""
     size, content = comm.size, tensor.reshape(-1)
     if tensor.dtype != torch.float64 or size > _RANKS:
-        return comm._beside(comm._reduce, tensor, "all_reduce", caller)
+        return comm._beside(comm._reduce, tensor.clone(), "all_reduce", caller)
     silent = _is_silent()
     if silent:
         frame = pad(content, (0, size * _WORDS))

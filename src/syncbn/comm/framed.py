@@ -75,7 +75,7 @@ class Framed(Communicator):
         return Swapped(self._send(frame_of(head, content, words), operation))
 
     def _reduce(self, tensor: Tensor, operation: str) -> Tensor:
-        """The sum over ranks, of a tensor that they are seen to agree on, for more ranks."""
+        """The sum over ranks, for more of them, of a tensor that may be overwritten by it."""
         raise NotImplementedError
 
     def all_gather(self, tensor: Tensor) -> Tensor:
@@ -101,7 +101,7 @@ class Framed(Communicator):
             rows, _ = self._frames.exchange(self, "all_reduce", tensor, caller, 0)
             return rows.sum(0, dtype=tensor.dtype).to(tensor.device)
         self._frames.exchange(self, "all_reduce", tensor, caller, 0, inside=False)
-        return self._frames.kept(self._reduce, tensor, "all_reduce")
+        return self._frames.kept(self._reduce, tensor.clone(), "all_reduce")
 
     def _beside(
         self,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -40,12 +39,12 @@ class _Traced(ProcessGroup):
     def gather(
         self, tensor: Tensor, caller: Caller, flags: int, layer: Tensor | None = None
     ) -> Received:
-        if tensor.device.type == "cpu":
+        if _is_opaque(tensor):
             return self._in_graph.gather(tensor, caller, flags, layer)
         return super().gather(tensor, caller, flags)
 
     def reduce(self, tensor: Tensor, caller: Caller, layer: Tensor | None = None) -> Tensor:
-        if tensor.device.type == "cpu":
+        if _is_opaque(tensor):
             return self._in_graph.reduce(tensor, caller, layer)
         return super().reduce(tensor, caller)
 
@@ -55,8 +54,22 @@ class _Traced(ProcessGroup):
     def _takes_frames(self, tensor: Tensor) -> bool:
         return False
 
-    def _run(self, operation: str, collective: Callable[..., Any], *tensors: Any) -> None:
-        collective(*tensors, group=self.group)
+    def _send(self, tensor: Tensor, operation: str) -> Tensor:
+        gathered = _in_graphs.all_gather_into_tensor(tensor.contiguous(), self.size, self.group)
+        rows: Tensor = _in_graphs.wait_tensor(gathered).view(self.size, *tensor.shape)
+        return rows
+
+    def _reduce(self, tensor: Tensor, operation: str) -> Tensor:
+        total: Tensor = _in_graphs.wait_tensor(_in_graphs.all_reduce(tensor, "sum", self.group))
+        return total
+
+
+_in_graphs: Any = torch.ops._c10d_functional
+
+
+def _is_opaque(tensor: Tensor) -> bool:
+    """Whether a graph's message is an operator of ours, and a frame when it runs."""
+    return tensor.device.type == "cpu"
 
 
 def default_group() -> ProcessGroup | None:

@@ -143,14 +143,14 @@ def _settings(group: dist.ProcessGroup) -> tuple[Any, timedelta | None]:
     return options, timeout
 
 
-def is_gloo(group: dist.ProcessGroup, device: str = "cpu") -> bool:
-    """Whether the group's tensors there travel by gloo, whatever others do ("cpu:gloo,cuda:nccl",
-    which it is by default).
+def engine_of(group: dist.ProcessGroup, device: str = "cpu") -> str:
+    """By what the group's tensors travel there, whatever others do ("cpu:gloo,cuda:nccl", which it
+    is by default); "" where it takes none.
     """
-    known = _GLOO.setdefault(group, {})
+    known = _ENGINES.setdefault(group, {})
     if device not in known:
         kinds = [kind for kind in group._device_types if kind.type == device]
-        known[device] = any(_unwrapped(group._get_backend(k)).name() == "gloo" for k in kinds)
+        known[device] = _unwrapped(group._get_backend(kinds[0])).name() if kinds else ""
     return known[device]
 
 
@@ -226,7 +226,7 @@ def subgroups(size: int) -> Any:
 
 
 # Weak, so that nothing outlives destroy_process_group for these tables' sake.
-_GLOO: weakref.WeakKeyDictionary[dist.ProcessGroup, dict[str, bool]] = weakref.WeakKeyDictionary()
+_ENGINES: weakref.WeakKeyDictionary[dist.ProcessGroup, dict[str, str]] = weakref.WeakKeyDictionary()
 _CLONES: weakref.WeakKeyDictionary[dist.ProcessGroup, _Clone] = weakref.WeakKeyDictionary()
 _MADE: weakref.WeakKeyDictionary[dist.ProcessGroup, dict[int, weakref.ref[dist.ProcessGroup]]] = (
     weakref.WeakKeyDictionary()

@@ -17,11 +17,15 @@ from torch import Tensor
 from .channel import Channel, find_channel
 from .framed import Framed
 from .frames import Frames, Swapped, Unsent
-from .groups import has_private, is_gloo, private, store_of, timeout_of
+from .groups import engine_of, has_private, private, store_of, timeout_of
 from .waiting import SLICE, Notes, StoreNotes, limit_of
 
 EXCHANGES = ("torch", "shared_memory")  # of SYNCBN_EXCHANGE
 _TEXT = 400  # bytes that a rank says at once
+# The same under two names: torch 2.13 warns of the older one.
+_all_gather_single: Any = getattr(dist, "all_gather_single", None) or getattr(
+    dist, "all_gather_into_tensor", None
+)
 _log = logging.getLogger("syncbn")
 _FRAMES: weakref.WeakKeyDictionary[dist.ProcessGroup, Frames] = weakref.WeakKeyDictionary()
 # How CPU tensors travel: None, by the group's own backend.
@@ -84,7 +88,7 @@ class ProcessGroup(Framed):
         return self.group.group_name, dist.get_process_group_ranks(self.group)
 
     def _takes_frames(self, tensor: Tensor) -> bool:
-        return tensor.is_cpu or is_gloo(self.group, tensor.device.type)
+        return tensor.is_cpu or engine_of(self.group, tensor.device.type) == "gloo"
 
     def say(self, text: str, gather: Callable[[Tensor], Tensor] | None = None) -> list[str]:
         """What every rank says."""
@@ -110,7 +114,8 @@ class ProcessGroup(Framed):
         try:
             return _CHANNELS[self.group]
         except KeyError:
-            found = _CHANNELS[self.group] = self._choose() if is_gloo(self.group) else None
+            by_gloo = engine_of(self.group) == "gloo"
+            found = _CHANNELS[self.group] = self._choose() if by_gloo else None
             return found
 
     def _choose(self) -> Channel | None:
@@ -145,17 +150,19 @@ class ProcessGroup(Framed):
             copies = tensor.expand(self.size, *tensor.shape).contiguous()
             gathered = torch.empty_like(copies)
             self._run(operation, dist.all_to_all_single, gathered, copies)
-        else:
+        elif engine_of(self.group, tensor.device.type) == "nccl":
             gathered = tensor.new_empty(self.size, *tensor.shape)
-            # Not all_gather_into_tensor: some backends lack it, torch 2.13 warns of its new name.
+            flat = tensor.contiguous().view(-1)
+            self._run(operation, _all_gather_single, gathered.view(-1), flat)
+        else:  # some backends lack that
+            gathered = tensor.new_empty(self.size, *tensor.shape)
             rows = list(gathered.unbind(0))
             self._run(operation, dist.all_gather, rows, tensor.contiguous())
         return gathered
 
     def _reduce(self, tensor: Tensor, operation: str) -> Tensor:
-        total = tensor.clone()
-        self._run(operation, dist.all_reduce, total)
-        return total
+        self._run(operation, dist.all_reduce, tensor)
+        return tensor
 
     def _run(self, operation: str, collective: Callable[..., Any], *tensors: Any) -> None:
         """``collective(*tensors)`` in this group's private clone."""
@@ -202,7 +209,7 @@ class ProcessGroup(Framed):
 
     def _wait(self, work: dist.Work, operation: str) -> None:
         """Until the work is done, looking every second for a reason why it will not be."""
-        if not is_gloo(self.group):
+        if engine_of(self.group) != "gloo":
             work.wait()
             return
         began, longest = time.monotonic(), timeout_of(self.group)()
