@@ -200,3 +200,23 @@ def test_graphs_exchange_with_ranks_that_have_none(ranks, backend):
     y.square().mul(y).sum().backward()
     for expected, found in zip((y, whole.grad), zip(*ranks(2, step), strict=True), strict=True):
         torch.testing.assert_close(torch.cat(found), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("when", ["at_once", ""])
+def test_a_single_value_on_all_ranks_together(ranks, when):
+    """Found without a look at the values, which would wait for the device."""
+
+    def step(rank):
+        def run():
+            layer = model()["first"]
+            few = torch.randn(1 - rank, WIDTH, requires_grad=True)
+            if not when:
+                layer(few)
+            with pytest.raises(ValueError, match="got 1 on all 2 ranks together"):
+                layer(few)
+            layer(torch.randn(1, WIDTH, requires_grad=True)).sum().backward()
+
+        with mock.patch.dict(os.environ, {devices.VARIABLE: when}):
+            return on_device(run)
+
+    ranks(2, step)

@@ -12,7 +12,7 @@ from .frames import Received
 from .given import default_group, from_torch, refuse_join
 from .graphs import InGraph, know_layers
 from .groups import subgroups
-from .headers import MAY, WANTS, Caller
+from .headers import MAY, NONE, SINGLE, WANTS, Caller
 from .mpi import MPI
 from .process_group import ProcessGroup
 from .replicas import Replica, ReplicaGroup, Unplaced, current_replica
@@ -23,6 +23,8 @@ __all__ = [
     "LOCAL",
     "MAY",
     "MPI",
+    "NONE",
+    "SINGLE",
     "WANTS",
     "Caller",
     "Communicator",

@@ -22,13 +22,16 @@ from torch.nn.functional import pad
 
 from .base import described
 from .frames import REMEDY, DesyncError, Received
-from .headers import NAMED, WANTS, Caller, kind_of
+from .headers import NAMED, NONE, SINGLE, WANTS, Caller, kind_of
 
 if TYPE_CHECKING:
     from .framed import Framed
 
 VARIABLE = "SYNCBN_COMPARE"
-_WORDS = 4  # whether a gradient is wanted; what is called, and the layer, or what says nothing; 0
+# Whether a gradient is wanted; what is called; the layer; _VALUES and how many values per channel a
+# rank has, if fewer than 2, else 2. All but the first may say nothing.
+_WORDS = 4
+_VALUES = 2
 _EXACT = 1 << 48  # a float64 holds all integers below
 _NOTHING = 1  # who says this or less says nothing
 _RANKS = 64  # of more, sums carry no headers
@@ -47,7 +50,7 @@ class _Sent(NamedTuple):
 
 
 class _Said(NamedTuple):
-    """What a rank says of its call: the digest of what is called, and the layer's, and a zero."""
+    """What a rank says of its call: all words of a header but the first."""
 
     text: str
     layer: str
@@ -63,7 +66,7 @@ def gather(comm: Framed, tensor: Tensor, caller: Caller, flags: int) -> Received
         frame = pad(content, (words, 0), value=wants)
     else:
         later = _later(comm)
-        said = later.say("all_gather", tensor, caller)
+        said = later.say("all_gather", tensor, caller, flags)
         frame = torch.cat((_on(tensor.device, (wants, *said.words)), content))
     received = comm._beside(comm._send, frame, "all_gather", caller)
     if not silent and exact:
@@ -81,7 +84,7 @@ def reduce(comm: Framed, tensor: Tensor, caller: Caller) -> Tensor:
         frame = pad(content, (0, size * _WORDS))
     else:
         later = _later(comm)
-        said = later.say("all_reduce", tensor, caller)
+        said = later.say("all_reduce", tensor, caller, 0)
         before, after = [0.0] * _WORDS * comm.rank, [0.0] * _WORDS * (size - comm.rank - 1)
         frame = torch.cat((content, _on(tensor.device, (*before, 0.0, *said.words, *after))))
     total = comm._beside(comm._reduce, frame, "all_reduce", caller)
@@ -107,7 +110,9 @@ class Later:
         self._texts: dict[tuple[int, int], str] = {}
 
     def compare(self, comm: Framed, wait: bool = False) -> None:
-        """Raise DesyncError where ranks' headers that have arrived differ."""
+        """Raise DesyncError where ranks' headers that have arrived differ; ValueError where all of
+        them together have a single value per channel.
+        """
         while self._sent:
             text, layer, heads, arrived = self._sent[0]
             if arrived is not None and not (wait or arrived.query()):
@@ -127,15 +132,22 @@ class Later:
                     layer,
                     said,
                 )
+            if _is_single(found):
+                raise ValueError(
+                    "Expected more than 1 value per channel when training, got 1 on all "
+                    f"{comm.size} ranks together, in this rank's {text}; use a larger batch or "
+                    f"call eval() on the layer ({VARIABLE}=at_once raises at the call itself)"
+                )
 
-    def say(self, operation: str, tensor: Tensor, caller: Caller) -> _Said:
+    def say(self, operation: str, tensor: Tensor, caller: Caller, flags: int) -> _Said:
         kind = kind_of(described(operation, tensor), caller)
         digest = kind.digest % _EXACT
         layer = kind.layer % _EXACT if kind.layer & NAMED else 0
         if len(self._texts) > _KEPT:
             self._texts.clear()
         self._texts[digest, layer] = kind.text
-        return _Said(kind.text, caller.layer, (float(digest), float(layer), 0.0))
+        values = _VALUES + (0 if flags & NONE else 1 if flags & SINGLE else 2)
+        return _Said(kind.text, caller.layer, (float(digest), float(layer), float(values)))
 
     def _text(self, digest: int, layer: int) -> str:
         """What a rank called, as far as this one has met it."""
@@ -153,6 +165,11 @@ class Later:
         self._sent.append(_Sent(say.text, say.layer, host, arrived))
         if os.environ.get(VARIABLE) == "at_once":
             self.compare(comm, wait=True)
+
+
+def _is_single(heads: Sequence[tuple[int, ...]]) -> bool:
+    values = [head[3] - _VALUES for head in heads]
+    return min(values) >= 0 and sum(values) == 1
 
 
 def _on(device: torch.device, numbers: Sequence[float]) -> Tensor:

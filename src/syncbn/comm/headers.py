@@ -7,7 +7,9 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 VERSION = 1  # of the protocol; ranks with another one are refused
-WANTS, MAY = 1, 2  # flags: wants a gradient; could take part in a backward if another rank does
+# Flags: wants a gradient; could take part in a backward if another rank does; has no value per
+# channel, or a single one.
+WANTS, MAY, NONE, SINGLE = 1, 2, 4, 8
 Head = tuple[int, ...]  # version and flags, what is called, the call's number, the layer
 NAMED, _FOUND = 1 << 62, 1 << 61  # the layer is a digest of its name
 

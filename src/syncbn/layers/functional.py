@@ -70,7 +70,7 @@ def sync_batch_norm(
         TypeError: tensors of other dtypes, or none, or a ``group`` of another type.
         ValueError: fewer than two dimensions or more than 64, no channels, sizes or devices that
             don't match, ``momentum`` or ``eps`` out of range, a group without this rank; on every
-            rank alike, a single value per channel over all ranks.
+            rank alike, a single value per channel over all ranks (on a device at a later call).
         RuntimeError: a tensor whose storage was freed, here or in backward; training inside
             DistributedDataParallel's ``join()``.
 

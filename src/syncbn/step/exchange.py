@@ -25,9 +25,9 @@ class Gathered(NamedTuple):
     flags: Sequence[int] | Tensor
 
     def is_gradient_wanted(self) -> bool:
-        """By any rank."""
+        """By any rank; on a device, which nobody waits for, yes."""
         if isinstance(self.flags, Tensor):
-            return bool(self.flags.any())
+            return not self.flags.is_cpu or bool(self.flags.any())
         return any(flag & WANTS for flag in self.flags)
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..comm import MAY, WANTS
+from ..comm import MAY, NONE, SINGLE, WANTS
 from ..kernels import Affine, Implementation, Running, Statistics
 from ..tensors.storages import check_held, held_in_graph
 from .checks import refuse_single_value
@@ -34,7 +34,9 @@ def normalise_parts(
     grad_enabled = torch.is_grad_enabled()
     wants_gradient = grad_enabled and any(t is not None and t.requires_grad for t in tensors)
     may = wants_gradient or (grad_enabled and not compiling)
-    flags = (WANTS if wants_gradient else 0) | (MAY if may else 0)
+    own = sum(part.x.numel() // part.x.shape[1] for part in parts)
+    few = NONE if own == 0 else SINGLE if own == 1 else 0
+    flags = (WANTS if wants_gradient else 0) | (MAY if may else 0) | few
     # A rank none of whose tensors want a gradient still owes its peers a backward if one of them
     # does. An empty tensor that wants one gives it a graph; forward takes the graph away again
     # when the ranks turn out to agree that nobody needs it. A compiled graph is fixed before.
@@ -176,16 +178,20 @@ def _check_count(
 ) -> None:
     """Refuse a globally single value per channel, on every rank alike.
 
-    Only a rank with at most one value of its own needs to look at the sum, which on an
-    accelerator waits for the device; if the sum is one, every rank is such a rank.
+    Only a rank with at most one value of its own needs to look at the sum: if it is one, every rank
+    is such a rank. On a device nobody looks, who would wait for it: a later call does (see
+    comm/devices.py).
     """
+    comm = exchange.comm
     own = sum(part.x.numel() // part.x.shape[1] for part in parts)
     if compiling:
         wanting = None if flags & WANTS else gathered.flags
         _check_in_graph(own, gathered.sets, wanting if isinstance(wanting, Tensor) else None)
-    elif own <= 1 and gathered.sets[:, 0].sum().item() == 1:
-        shapes = [part.x.shape for part in parts]
-        refuse_single_value(shapes, exchange.comm.rank, exchange.comm.size)
+        return
+    if own > 1 or (isinstance(comm, Speaker) and comm.tells_later(gathered.sets)):
+        return
+    if (own if comm.size == 1 else gathered.sets[:, 0].sum().item()) == 1:
+        refuse_single_value([part.x.shape for part in parts], comm.rank, comm.size)
 
 
 def _check_in_graph(own: int, sets: Tensor, wanting: Tensor | None) -> None:

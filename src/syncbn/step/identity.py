@@ -203,6 +203,10 @@ class Speaker(Communicator):
         total: Tensor = self._run(self._reduced, tensor)
         return total
 
+    def tells_later(self, tensor: Tensor) -> bool:
+        """Whether what all ranks say beside such a tensor is looked at by a later call."""
+        return isinstance(self.comm, Framed) and not self.comm._takes_frames(tensor)
+
     def give_up(self, error: Exception) -> None:
         """Tell the other ranks that this one raises instead of calling."""
         if isinstance(self.comm, Framed):
