@@ -16,7 +16,7 @@ MEASURED = ROOT / "build/mutation.json"
 # Faults that tests see where no call of a Python function in a fork shows it: by what the file,
 # the function or its text says.
 ELSEWHERE = (
-    (re.compile("^comm/mpi"), "mpi"),  # jobs of mpiexec
+    (re.compile("^comm/mpi"), "mpi mpi_failures"),  # jobs of mpiexec
     (re.compile("compiling|exporting|graph|register_fake"), "compile compile_corners compile_with"),
 )
 # Tests of other things than these rooms, or too long to run thousands of times.
