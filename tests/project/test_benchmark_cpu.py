@@ -42,7 +42,7 @@ def test_layers(tmp_path):
 def test_layers_prints_a_table():
     result = run("layers", "--quick", "--rounds", "2", "--threads", "1")
     assert result.code == 0, result.stderr
-    for text in ("syncbn µs", "torch copies", "target", "2×3×4×5", "1 thread(s), 2 rounds"):
+    for text in ("syncbn µs", "torch copies", "ratio", "2×3×4×5", "1 thread(s), 2 rounds"):
         assert text in result.stdout
 
 
