@@ -220,3 +220,51 @@ def test_a_single_value_on_all_ranks_together(ranks, when):
             return on_device(run)
 
     ranks(2, step)
+
+
+def unnamed(rank):
+    layers = [syncbn.SyncBatchNorm1d(WIDTH) for _ in range(2)]
+    layers[rank](x())
+
+
+def without_grad(rank):
+    with torch.set_grad_enabled(rank == 0):
+        model()["first"](x())
+
+
+@pytest.mark.parametrize(
+    ("case", "said"),
+    [(unnamed, "layer 'SyncBatchNorm1d "), (without_grad, "gradients off")],
+    ids=["unnamed", "without_grad"],
+)
+def test_what_else_is_compared(ranks, case, said):
+    def step(rank):
+        with (
+            mock.patch.dict(os.environ, {devices.VARIABLE: "at_once"}),
+            pytest.raises(syncbn.DesyncError) as caught,
+        ):
+            on_device(lambda: case(rank))
+        return caught.value.ranks[1] if case is without_grad else caught.value.ranks[rank]
+
+    assert all(said in text for text in ranks(2, step))
+
+
+def test_a_rank_that_is_one_call_ahead_gets_its_answer(ranks):
+    """The headers of the call that differs have come on one rank only."""
+
+    def step(rank):
+        def run():
+            layers = model()
+            layers["first"](x())
+            layers["second" if rank else "first"](x())
+            sent = syncbn.comm.resolve(None)._frames.later._sent
+            if rank:
+                sent[-1] = sent[-1]._replace(arrived=(event := Event()))
+                layers["first"](x())
+                event.over = True
+            with pytest.raises(syncbn.DesyncError):
+                layers["first"](x())
+
+        return on_device(run)
+
+    ranks(2, step)

@@ -75,7 +75,7 @@ class Channel:
     def _receive(
         self, comm: Framed, operation: str, parts: Parts, came: int, patience: Patience
     ) -> None:
-        """Wait for all ranks' messages with the present number, of which so many have come."""
+        """Wait for all ranks' messages with the present number: those before rank ``came`` have."""
         began, lost = time.monotonic(), ""
         frames, look = comm._frames, SLICE
         while True:

@@ -2,8 +2,11 @@
 
 A frame (frames.py) is read before its content is used, which takes the CPU. On a device a few
 numbers travel beside the content instead, and those of all ranks go on to the host's memory. They
-are there by the time of one of the next calls, which raises DesyncError where they differ;
-SYNCBN_COMPARE=at_once waits for them, to find the first call that differs.
+are there by the time of one of the next calls, which raises DesyncError where they differ. At
+the very next one it does so once it has sent its own message, as others may not know yet and wait
+for it. SYNCBN_COMPARE=at_once
+waits for them, to find the first call that differs, on all ranks alike. Layers are compared by the
+names that convert() gave them, or by their numbers.
 
 A compiled graph and a captured one say nothing of themselves, in as many numbers: ranks that run
 one exchange the same messages as ranks that don't.
@@ -22,18 +25,21 @@ from torch.nn.functional import pad
 
 from .base import described
 from .frames import REMEDY, DesyncError, Received
-from .headers import NAMED, NONE, SINGLE, WANTS, Caller, kind_of
+from .headers import FOUND, MAY, NAMED, NONE, SINGLE, WANTS, Caller, kind_of, may_follow
 
 if TYPE_CHECKING:
     from .framed import Framed
 
 VARIABLE = "SYNCBN_COMPARE"
-# Whether a gradient is wanted; what is called; the layer; _VALUES and how many values per channel a
-# rank has, if fewer than 2, else 2. All but the first may say nothing.
+# Of a header: whether a gradient is wanted; what is called; the layer; what the rank has. All but
+# the first may say nothing, which is 0 or 1.
 _WORDS = 4
-_VALUES = 2
+_NOTHING = 1
 _EXACT = 1 << 48  # a float64 holds all integers below
-_NOTHING = 1  # who says this or less says nothing
+_NAMED = _EXACT // 2  # a layer is a digest from here on, or a trail and a number
+# What a rank has: how many values per channel, if fewer than 2, else 2; so much more than nothing
+# to say; and whether it cannot take part in a backward that others want.
+_HAS, _CANNOT = 2, 4
 _RANKS = 64  # of more, sums carry no headers
 _KEPT = 1000  # messages whose headers have not come yet
 
@@ -84,7 +90,7 @@ def reduce(comm: Framed, tensor: Tensor, caller: Caller) -> Tensor:
         frame = pad(content, (0, size * _WORDS))
     else:
         later = _later(comm)
-        said = later.say("all_reduce", tensor, caller, 0)
+        said = later.say("all_reduce", tensor, caller, MAY)
         before, after = [0.0] * _WORDS * comm.rank, [0.0] * _WORDS * (size - comm.rank - 1)
         frame = torch.cat((content, _on(tensor.device, (*before, 0.0, *said.words, *after))))
     total = comm._beside(comm._reduce, frame, "all_reduce", caller)
@@ -94,11 +100,11 @@ def reduce(comm: Framed, tensor: Tensor, caller: Caller) -> Tensor:
 
 
 def _later(comm: Framed) -> Later:
-    """A communicator's messages so far, of which those are compared whose headers have come."""
+    """A communicator's messages so far, of which all but the last are compared."""
     frames = comm._frames
     if frames.later is None:
         frames.later = Later()
-    frames.later.compare(comm)
+    frames.later.compare(comm, leave=1)
     return frames.later
 
 
@@ -109,11 +115,11 @@ class Later:
         self._sent: deque[_Sent] = deque(maxlen=_KEPT)
         self._texts: dict[tuple[int, int], str] = {}
 
-    def compare(self, comm: Framed, wait: bool = False) -> None:
-        """Raise DesyncError where ranks' headers that have arrived differ; ValueError where all of
-        them together have a single value per channel.
+    def compare(self, comm: Framed, leave: int = 0, wait: bool = False) -> None:
+        """Of all messages but the last ``leave``, once headers have come, raise DesyncError where
+        they differ, and ValueError where all ranks together have a single value per channel.
         """
-        while self._sent:
+        while len(self._sent) > leave:
             text, layer, heads, arrived = self._sent[0]
             if arrived is not None and not (wait or arrived.query()):
                 return
@@ -123,7 +129,7 @@ class Later:
             found = [tuple(map(int, head)) for head in heads.tolist()]
             if _differ(found):
                 self._sent.clear()
-                said = {rank: self._text(*head[1:3]) for rank, head in enumerate(found)}
+                said = {rank: self._text(*head) for rank, head in enumerate(found)}
                 listed = "; ".join(f"rank {rank}: {each}" for rank, each in said.items())
                 raise DesyncError(
                     f"{comm._name()}: ranks called different collectives on a device: {listed}, "
@@ -142,34 +148,36 @@ class Later:
     def say(self, operation: str, tensor: Tensor, caller: Caller, flags: int) -> _Said:
         kind = kind_of(described(operation, tensor), caller)
         digest = kind.digest % _EXACT
-        layer = kind.layer % _EXACT if kind.layer & NAMED else 0
+        layer = _layer(kind.layer)
         if len(self._texts) > _KEPT:
             self._texts.clear()
         self._texts[digest, layer] = kind.text
-        values = _VALUES + (0 if flags & NONE else 1 if flags & SINGLE else 2)
-        return _Said(kind.text, caller.layer, (float(digest), float(layer), float(values)))
+        has = _HAS + (0 if flags & NONE else 1 if flags & SINGLE else 2)
+        has += 0 if may_follow(flags | WANTS) else _CANNOT
+        return _Said(kind.text, caller.layer, (float(digest), float(layer), float(has)))
 
-    def _text(self, digest: int, layer: int) -> str:
+    def _text(self, wants: int, digest: int, layer: int, has: int) -> str:
         """What a rank called, as far as this one has met it."""
         if digest <= _NOTHING:
             return "a compiled or captured call"
-        return self._texts.get((digest, layer), "a call that this rank has not made yet")
+        text = self._texts.get((digest, layer), "a call that this rank has not made yet")
+        cannot = ", gradients off" if has - _HAS >= _CANNOT else ""
+        return text + (", gradients wanted" if wants else cannot)
 
     def watch(self, comm: Framed, heads: Tensor, say: _Said) -> None:
+        """Keep all ranks' headers of a message for later; compare those that have come by now."""
         host = torch.empty(heads.shape, dtype=heads.dtype, pin_memory=not heads.is_cpu)
         host.copy_(heads, non_blocking=True)
         arrived = None
         if not heads.is_cpu:
             arrived = torch.Event(heads.device)
             arrived.record(torch.accelerator.current_stream(heads.device))
+        at_once = os.environ.get(VARIABLE) == "at_once"
+        if not at_once:
+            self.compare(comm)
         self._sent.append(_Sent(say.text, say.layer, host, arrived))
-        if os.environ.get(VARIABLE) == "at_once":
+        if at_once:
             self.compare(comm, wait=True)
-
-
-def _is_single(heads: Sequence[tuple[int, ...]]) -> bool:
-    values = [head[3] - _VALUES for head in heads]
-    return min(values) >= 0 and sum(values) == 1
 
 
 def _on(device: torch.device, numbers: Sequence[float]) -> Tensor:
@@ -187,7 +195,28 @@ def _is_silent() -> bool:
     return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
+def _layer(known: int) -> int:
+    """The layer of a header (headers.py) in fewer bits; nothing for a name that was found, which
+    may be part of another one on other ranks.
+    """
+    if known & NAMED:
+        return _NAMED + known % _NAMED
+    number, trail = known >> 32, known % (1 << 32)
+    return 0 if known & FOUND else (trail % (1 << 23)) << 24 | number % (1 << 24)
+
+
 def _differ(heads: Sequence[tuple[int, ...]]) -> bool:
+    """As :func:`headers.agree` has it."""
     digests = {digest for _, digest, *_ in heads if digest > _NOTHING}
     layers = {layer for *_, layer, _ in heads if layer > _NOTHING}
-    return len(digests) > 1 or len(layers) > 1
+    if len(digests) > 1 or (len(layers) > 1 and max(layers) >= _NAMED):
+        return True
+    if len({layer >> 24 for layer in layers}) < len(layers):  # numbers that count the same layers
+        return True
+    cannot = any(has - _HAS >= _CANNOT for *_, has in heads)
+    return cannot and any(wants for wants, *_ in heads)
+
+
+def _is_single(heads: Sequence[tuple[int, ...]]) -> bool:
+    values = [(head[3] - _HAS) % _CANNOT for head in heads]
+    return min(head[3] for head in heads) >= _HAS and sum(values) == 1

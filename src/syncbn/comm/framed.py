@@ -53,7 +53,7 @@ class Framed(Communicator):
     def give_up(self, error: BaseException) -> None:
         """Tell the other ranks that the call they wait for will not come: this rank raises."""
         if isinstance(error, DesyncError) or type(error).__name__ == "_StopRecomputationError":
-            return  # the others know; a checkpoint that has recomputed what it needs goes on
+            return  # the others know, or will; a checkpoint that has recomputed enough goes on
         frames = self._frames
         number, words = frames.number + 1, f"{type(error).__name__}: {error}"
         frames.waiting.give_up(number, words)
@@ -75,7 +75,9 @@ class Framed(Communicator):
         return Swapped(self._send(frame_of(head, content, words), operation))
 
     def _reduce(self, tensor: Tensor, operation: str) -> Tensor:
-        """The sum over ranks, for more of them, of a tensor that may be overwritten by it."""
+        """The sum of all ranks' tensors, where they are more than exchange directly or on a device.
+        The tensor may be overwritten by it.
+        """
         raise NotImplementedError
 
     def all_gather(self, tensor: Tensor) -> Tensor:

@@ -53,7 +53,8 @@ REMEDY = (
 
 
 class DesyncError(RuntimeError):
-    """Ranks are out of step: what they call differs. Raised on every rank alike.
+    """Ranks are out of step: what they call differs. Raised on every rank alike; of calls on a
+    device at a later call, which may be another one on each (docs/hangs.md).
 
     layer: the name of the layer that this rank called; "" where no layer called.
     ranks: what each rank called, in words, by its number.

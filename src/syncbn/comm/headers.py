@@ -11,13 +11,13 @@ VERSION = 1  # of the protocol; ranks with another one are refused
 # channel, or a single one.
 WANTS, MAY, NONE, SINGLE = 1, 2, 4, 8
 Head = tuple[int, ...]  # version and flags, what is called, the call's number, the layer
-NAMED, _FOUND = 1 << 62, 1 << 61  # the layer is a digest of its name
+NAMED, FOUND = 1 << 62, 1 << 61  # the layer is a digest of its name
 
 
 class Caller(NamedTuple):
     """Who calls, and for what: ranks must agree in all of it.
 
-    layer: in words; "" where it is not known, in compiled graphs.
+    layer: in words; "" where it is not known, as while a graph is traced.
     named: by a name that is the same on all ranks. found: by its name in the model that runs it,
     which may be part of another model on some ranks.
     number, trail: for one that has no name: which one it is of those that its process
@@ -59,14 +59,14 @@ def kind_of(told: str, caller: Caller) -> Kind:
     what = caller._replace(layer="", named=False, found=False, number=0, trail=0)
     layer = caller.number << 32 | caller.trail
     if caller.named or caller.found:
-        layer = _digest(caller.layer) | (NAMED if caller.named else _FOUND)
+        layer = _digest(caller.layer) | (NAMED if caller.named else FOUND)
     return Kind(f"{told}{caller}", _digest(f"{told} {what}"), layer)
 
 
 def may_be_parts(layers: Sequence[int]) -> bool:
     """Whether these layers of headers differ by names that were found alone."""
     known = {layer for layer in layers if layer}
-    return len(known) > 1 and all(layer & _FOUND for layer in known)
+    return len(known) > 1 and all(layer & FOUND for layer in known)
 
 
 def may_follow(flags: int) -> bool:
@@ -85,7 +85,7 @@ def agree(heads: Sequence[Head]) -> bool:
     if len(layers) > 1 and any(layer & NAMED for layer in layers):
         return False
     numbers: dict[int, int] = {}
-    for layer in () if any(layer & _FOUND for layer in layers) else layers:
+    for layer in () if any(layer & FOUND for layer in layers) else layers:
         number, trail = divmod(layer, 1 << 32)
         if numbers.setdefault(trail, number) != number:
             return False

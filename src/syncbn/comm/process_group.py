@@ -26,6 +26,7 @@ _TEXT = 400  # bytes that a rank says at once
 _all_gather_single: Any = getattr(dist, "all_gather_single", None) or getattr(
     dist, "all_gather_into_tensor", None
 )
+_UNKNOWN: Any = object()
 _log = logging.getLogger("syncbn")
 _FRAMES: weakref.WeakKeyDictionary[dist.ProcessGroup, Frames] = weakref.WeakKeyDictionary()
 # How CPU tensors travel: None, by the group's own backend.
@@ -111,12 +112,11 @@ class ProcessGroup(Framed):
 
     def _channel(self) -> Channel | None:
         """How messages of the CPU travel, if not by the group's own backend."""
-        try:
-            return _CHANNELS[self.group]
-        except KeyError:
+        found: Channel | None = _CHANNELS.get(self.group, _UNKNOWN)
+        if found is _UNKNOWN:
             by_gloo = engine_of(self.group) == "gloo"
             found = _CHANNELS[self.group] = self._choose() if by_gloo else None
-            return found
+        return found
 
     def _choose(self) -> Channel | None:
         """Shared memory where all ranks have it, unless they are told otherwise."""

@@ -101,7 +101,7 @@ class SampleKernels(Protocol):
 
 
 class Fused(Protocol):
-    """The steps in fewer operators: two of one process alone, three over ranks. Optional."""
+    """All steps of one process alone in two operators, and fewer operators over ranks. Optional."""
 
     def supports_others(self, affine: Affine, running: Running) -> bool:
         """Whether it takes these beside a tensor that it supports: by where they are."""

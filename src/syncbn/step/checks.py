@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 FLOATING = frozenset((torch.float16, torch.bfloat16, torch.float32, torch.float64))
 FLOATING_WORDS = "of float16, bfloat16, float32 or float64"
-COUNTING = frozenset((torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, *FLOATING))
+COUNTING = FLOATING | {torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8}
 _NAMES = ("running_mean", "running_var", "weight", "bias")
 _NUMBERS = (Real, torch.SymInt, torch.SymFloat)
 _LARGEST = torch.finfo(torch.float64).max

@@ -64,7 +64,8 @@ def take_number(layer: nn.Module) -> None:
         vars(layer)["_identity"] = Number(_counter_of(getattr(layer, "process_group", None)), layer)
     if "_token" not in vars(layer):
         number = next(_tokens)
-        with no_dispatch():  # of this process, though the model be made without memory
+        # A plain tensor of this process, in whatever mode or transform the model is made.
+        with no_dispatch(), torch.inference_mode(False), torch._C._DisableFuncTorch():
             vars(layer)["_token"] = torch.tensor(number, device="cpu")
         _layers[number] = layer
 
