@@ -14,7 +14,7 @@ import warnings
 import torch
 from torch import Tensor
 
-from . import composite, native
+from . import composite, native, triton
 from .interface import Affine, Fused, Implementation, Kernels, Running, SampleKernels, Statistics
 
 __all__ = [
@@ -31,11 +31,18 @@ __all__ = [
     "describe",
     "native",
     "select_kernels",
+    "triton",
 ]
 
 VARIABLE = "SYNCBN_KERNELS"
 COMPOSITE = Implementation(composite, missed="", samples=composite)  # never unavailable
 IMPLEMENTATIONS = (  # the first that supports a tensor serves it; the last one supports all
+    Implementation(
+        triton,
+        fused=triton,
+        missed="syncbn trains tensors on the GPU with plain torch operations, about a hundred "
+        "small ones in a layer's step, which are slower than its kernels",
+    ),
     Implementation(
         native,
         samples=native,

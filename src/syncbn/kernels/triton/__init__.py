@@ -1,0 +1,222 @@
+"""The four steps on GPUs, in one launch each: Triton, one source for CUDA and ROCm.
+
+``measure`` and ``gradient_sums`` read the tensor once and end with what travels; ``normalise`` and
+``input_gradient`` begin with what arrived, up to 64 ranks' rows, so that no small operation runs
+between a kernel and a message. Nothing waits for the device.
+
+    checks.py, layout.py                  tensors that are fit, and lie as the kernels want them
+    plan.py, steps.py, launch.py          who computes what; one launch each; how kernels start
+    forward.py, backward.py, tiles.py     the kernels
+
+Triton is imported when a tensor on a GPU first trains. In graphs that torch compiles the
+specification serves, whose operations the compiler fuses with what is around them.
+"""
+
+from __future__ import annotations
+
+import os
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from ..interface import NO_AFFINE, NO_RUNNING, Affine, Running, Statistics
+from . import checks, layout, steps
+from .launch import interpreting, unavailable, version
+from .plan import Plan
+
+__all__ = [
+    "DEVICES",
+    "NAME",
+    "batch_norm",
+    "batch_norm_backward",
+    "describe",
+    "gradient_sums",
+    "gradients",
+    "input_gradient",
+    "measure",
+    "measure_checked",
+    "normalise",
+    "supports",
+    "supports_others",
+    "unavailable",
+]
+
+NAME = "triton"
+DEVICES: tuple[str, ...] = ("cuda",)
+
+_TYPES = (Tensor, Parameter)
+
+
+def describe() -> str:
+    how = "interpreted" if interpreting() else "compiled when first used"
+    return f"{version()}, {how}"
+
+
+def supports(x: Tensor) -> bool:
+    """Whether the kernels take x: a plain dense floating tensor on a GPU, outside of a graph."""
+    return (
+        type(x) in _TYPES
+        and (x.is_cuda or (x.is_cpu and _on_cpu()))
+        and x.dtype in checks.FLOATING
+        and x.layout is torch.strided
+        and not torch.compiler.is_compiling()
+    )
+
+
+def _on_cpu() -> bool:
+    """The interpreter serves who asks for it by name."""
+    return interpreting() and os.environ.get("SYNCBN_KERNELS") == NAME
+
+
+def supports_others(affine: Affine, running: Running) -> bool:
+    here = True
+    for tensor in (*affine, *running[:3]):
+        here = here and (tensor is None or tensor.is_cuda or (tensor.is_cpu and _on_cpu()))
+    return here
+
+
+def measure(x: Tensor) -> Tensor:
+    checks.check_input("measure", x)
+    x, plan = layout.planned(x)
+    return steps.measure(x, plan)
+
+
+def measure_checked(x: Tensor, *, affine: Affine, running: Running) -> Tensor:
+    checks.check_input("measure", x)
+    checks.check_layer("measure", x, affine, running)
+    x, plan = layout.planned(x)
+    return steps.measure(x, plan)
+
+
+def normalise(
+    x: Tensor,
+    sets: Tensor,
+    *,
+    affine: Affine = NO_AFFINE,
+    running: Running = NO_RUNNING,
+    eps: float,
+) -> tuple[Tensor, Statistics]:
+    checks.check_input("normalise", x)
+    checks.check_layer("normalise", x, affine, running)
+    channels = x.shape[1]
+    checks.check_wide("normalise", "sets", sets, (len(sets), 1 + 2 * channels), x)
+    if sets.stride(1) != 1:
+        sets = sets.contiguous()
+    saved = x.new_empty(2 * channels + 1, dtype=torch.float64)
+    lain, plan = layout.planned(x)
+    y = _normalise(lain, sets, plan, affine, running, eps, saved)
+    statistics = Statistics(saved[:channels], saved[channels:-1], saved[-1])
+    return y if lain is x else layout.restored(y, x), statistics
+
+
+def batch_norm(x: Tensor, *, affine: Affine, running: Running, eps: float) -> tuple[Tensor, Tensor]:
+    checks.check_input("batch_norm", x)
+    checks.check_layer("batch_norm", x, affine, running)
+    saved = x.new_empty((2, x.shape[1]), dtype=torch.float64)
+    lain, plan = layout.planned(x)
+    sets = steps.measure(lain, plan).unsqueeze(0)
+    y = _normalise(lain, sets, plan, affine, running, eps, saved)
+    return y if lain is x else layout.restored(y, x), saved
+
+
+def _normalise(
+    x: Tensor,
+    sets: Tensor,
+    plan: Plan,
+    affine: Affine,
+    running: Running,
+    eps: float,
+    saved: Tensor,
+) -> Tensor:
+    readable = Affine(*map(layout.vector, affine))
+    moved = Running(*map(layout.vector, running[:3]), running.momentum)
+    y = steps.normalise(x, sets, plan, affine=readable, running=moved, eps=eps, saved=saved)
+    for old, new in zip(running[:3], moved[:3], strict=True):
+        if old is not None and new is not None and old is not new:
+            old.copy_(new)
+    return y
+
+
+def gradient_sums(dy: Tensor, x: Tensor, statistics: Statistics) -> Tensor:
+    checks.check_gradient("gradient_sums", dy, x)
+    mean, invstd, _ = statistics
+    checks.check_pair("gradient_sums", (mean, invstd), x)
+    x, plan = layout.planned(x)
+    return steps.gradient_sums(layout.like(dy, x), x, plan, mean=mean, invstd=invstd)
+
+
+def input_gradient(
+    dy: Tensor, x: Tensor, *, weight: Tensor | None, statistics: Statistics, sums: Tensor
+) -> Tensor:
+    return _input_gradient("input_gradient", dy, x, weight, statistics, sums)
+
+
+def gradients(
+    dy: Tensor, x: Tensor, *, affine: Affine, statistics: Statistics, own: Tensor, sums: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    checks.check_wide("gradients", "own", own, (2, x.shape[1]), x)
+    into = _parameter_gradients(x, affine)
+    own = own.contiguous()
+    dx = _input_gradient("gradients", dy, x, affine.weight, statistics, sums, own, into)
+    return dx, *into
+
+
+def batch_norm_backward(
+    dy: Tensor, x: Tensor, *, affine: Affine, saved: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    checks.check_gradient("batch_norm_backward", dy, x)
+    checks.check_layer("batch_norm_backward", x, Affine(affine.weight), NO_RUNNING)
+    checks.check_wide("batch_norm_backward", "saved", saved, (2, x.shape[1]), x)
+    into = _parameter_gradients(x, affine)
+    lain, plan = layout.planned(x)
+    dy, (mean, invstd) = layout.like(dy, lain), saved
+    sums = steps.gradient_sums(dy, lain, plan, mean=mean, invstd=invstd)
+    dx = steps.input_gradient(
+        dy,
+        lain,
+        plan,
+        weight=layout.vector(affine.weight),
+        statistics=(mean, invstd, None),
+        sums=sums,
+        own=sums,
+        into=into,
+    )
+    return dx if lain is x else layout.restored(dx, x), *into
+
+
+def _parameter_gradients(x: Tensor, affine: Affine) -> tuple[Tensor, Tensor]:
+    """Memory for dweight and dbias, each of its parameter's dtype."""
+    dweight, dbias = (
+        x.new_empty(x.shape[1], dtype=torch.float32 if parameter is None else parameter.dtype)
+        for parameter in affine
+    )
+    return dweight, dbias
+
+
+def _input_gradient(
+    step: str,
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    statistics: Statistics,
+    sums: Tensor,
+    own: Tensor | None = None,
+    into: tuple[Tensor | None, Tensor | None] = (None, None),
+) -> Tensor:
+    checks.check_gradient(step, dy, x)
+    checks.check_layer(step, x, Affine(weight), NO_RUNNING)
+    checks.check_pair(step, statistics[:2], x)
+    checks.check_wide(step, "sums", sums, (2, x.shape[1]), x)
+    lain, plan = layout.planned(x)
+    dx = steps.input_gradient(
+        layout.like(dy, lain),
+        lain,
+        plan,
+        weight=layout.vector(weight),
+        statistics=statistics,
+        sums=sums.contiguous(),
+        own=own,
+        into=into,
+    )
+    return dx if lain is x else layout.restored(dx, x)

@@ -1,0 +1,182 @@
+"""Launches: compiled kernels are kept, and so is the memory in which programs meet.
+
+Triton's own call binds arguments and looks up what it compiled in 10 to 17 µs. A kept kernel starts
+in less than half of that, by a call that is private to Triton: with other versions than those in
+:data:`TRIED` the public call serves.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+TRIED = ("3.6.", "3.7.")
+ALIGNED = 3  # leading tensors of a kernel, for whose alignment Triton compiles: x, y or dy, x, dx
+
+_kept: dict[tuple[Any, ...], Any] = {}
+_scratch: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
+
+
+def unavailable() -> str | None:
+    """Why there is no Triton here, in words; None where there is. The first call imports it."""
+    try:
+        _modules()
+    except ImportError as error:
+        return (
+            f"Triton does not import: {error}; torch's builds for CUDA and ROCm bring it, else "
+            "pip install 'syncbn[triton]'"
+        )
+    return None
+
+
+@cache
+def _modules() -> tuple[Any, Any, Any]:
+    """triton, and the kernels that it compiles."""
+    import triton
+
+    from . import backward, forward
+
+    return triton, forward, backward
+
+
+@cache
+def kernel(name: str) -> Any:
+    """The kernel of this name, of forward.py or backward.py."""
+    _, forward, backward = _modules()
+    return getattr(forward, name, None) or getattr(backward, name)
+
+
+@cache
+def dtypes(x: torch.dtype) -> Any:
+    """In which of Triton's types the kernels compute on values of a tensor of this one."""
+    language = _modules()[0].language
+    return language.float64 if x == torch.float64 else language.float32
+
+
+def version() -> str:
+    return str(_modules()[0].__version__)
+
+
+@cache
+def interpreting() -> bool:
+    """Whether Triton's interpreter runs the kernels, on the CPU: for tests."""
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+@cache
+def _keeps() -> bool:
+    return version().startswith(TRIED) and not interpreting()
+
+
+@cache
+def processors(index: int) -> int:
+    """The multiprocessors of a device; of none, for the interpreter, a few."""
+    if index < 0:
+        return 2
+    return int(torch.cuda.get_device_properties(index).multi_processor_count)
+
+
+def launch(
+    name: str,
+    grid: tuple[int, int],
+    tensors: tuple[Tensor | None, ...],
+    numbers: tuple[float, ...],
+    constants: tuple[Any, ...],
+    *,
+    warps: int,
+    large: bool,
+) -> None:
+    """Start a kernel on the device of its first tensor, on the current stream.
+
+    Its parameters are tensors, then numbers, then constants. large: whether its tensors are past
+    plan.LARGE bytes.
+    """
+    device = tensors[0].get_device()  # type: ignore[union-attr]
+    if device >= 0 and device != torch.cuda.current_device():
+        with torch.cuda.device(device):
+            _start(name, grid, tensors, numbers, constants, warps, large, device)
+    else:
+        _start(name, grid, tensors, numbers, constants, warps, large, device)
+
+
+def _start(
+    name: str,
+    grid: tuple[int, int],
+    tensors: tuple[Tensor | None, ...],
+    numbers: tuple[float, ...],
+    constants: tuple[Any, ...],
+    warps: int,
+    large: bool,
+    device: int,
+) -> None:
+    kinds = [None if tensor is None else tensor.dtype for tensor in tensors]
+    places = [t.data_ptr() % 16 for t in tensors[:ALIGNED] if t is not None]
+    key = (name, device, large, warps, *constants, *kinds, *places)
+    kept = _kept.get(key)
+    if kept is None:
+        if _is_capturing(device):
+            raise RuntimeError(
+                f"sync_batch_norm: expected kernels that are loaded before a CUDA graph is "
+                f"captured, got the first {name} of tensors of this kind in the middle of one; run "
+                "the model once before capture, forward and backward, with tensors of the same "
+                "shapes and dtypes"
+            )
+        compiled = kernel(name)[grid](*tensors, *numbers, *constants, num_warps=warps)
+        if _keeps() and compiled is not None:
+            _kept[key] = compiled
+        elif device >= 0:
+            _kept[key] = _public(name, warps)
+        return
+    stream = torch._C._cuda_getCurrentRawStream(device)
+    kept.run(
+        *(*grid, 1, stream, kept.function, kept.packed_metadata, None, None, None),
+        *(*tensors, *numbers, *constants),
+    )
+
+
+class _public:
+    """A kernel of a version that was not tried: to look at a kept one, but called publicly."""
+
+    function = packed_metadata = None
+
+    def __init__(self, name: str, warps: int) -> None:
+        self.start: Callable[..., Any] = kernel(name)
+        self.warps = warps
+
+    def run(self, x: int, y: int, z: int, *rest: Any) -> None:
+        self.start[(x, y, z)](*rest[6:], num_warps=self.warps)  # type: ignore[index]
+
+
+def _is_capturing(device: int) -> bool:
+    return device >= 0 and torch.cuda.is_current_stream_capturing()
+
+
+def meeting_place(x: Tensor, tickets: int, slots: int) -> tuple[Tensor, Tensor]:
+    """Zeros (int32), which kernels leave as zeros, and float64 memory: for one launch.
+
+    Those of one stream follow each other and share them. A captured graph may run on any stream,
+    beside others: each of its launches has its own.
+    """
+    device = x.get_device()
+    if device >= 0 and not torch.cuda.is_current_stream_capturing():
+        key = (device, torch._C._cuda_getCurrentRawStream(device))
+    elif device < 0:
+        key = (device, 0)
+    else:
+        return _new_place(x, tickets, slots)
+    found = _scratch.get(key)
+    if found is None or found[0].numel() < tickets or found[1].numel() < slots:
+        least = (1024, 8192) if found is None else (found[0].numel(), found[1].numel())
+        found = _new_place(x, max(tickets, least[0]), max(slots, least[1]))
+        _scratch[key] = found
+    return found
+
+
+def _new_place(x: Tensor, tickets: int, slots: int) -> tuple[Tensor, Tensor]:
+    zeros = torch.zeros(tickets, dtype=torch.int32, device=x.device)
+    return zeros, torch.empty(slots, dtype=torch.float64, device=x.device)

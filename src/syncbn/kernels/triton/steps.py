@@ -1,0 +1,120 @@
+"""One launch each, for tensors that lie as the kernels want them and are seen to be fit."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..interface import Affine, Running
+from .launch import dtypes, launch, meeting_place
+from .plan import Plan, power_of_two
+
+MOST_SETS = 64  # that normalise merges; of more one launch makes one
+_MERGED = 1024  # values that a program looks at together when it merges
+_MERGED_CHANNELS = 16  # of a program that does nothing else
+
+
+def measure(x: Tensor, plan: Plan) -> Tensor:
+    """(count, mean, M2) of x, packed (1 + 2C,)."""
+    channels = x.shape[1]
+    packed = x.new_empty(1 + 2 * channels, dtype=torch.float64)
+    place = meeting_place(x, plan.groups, plan.splits * 3 * channels)
+    _launch("measure", plan, (x, *place, packed), plan[:7])
+    return packed
+
+
+def normalise(
+    x: Tensor,
+    sets: Tensor,
+    plan: Plan,
+    *,
+    affine: Affine,
+    running: Running,
+    eps: float,
+    saved: Tensor,
+) -> Tensor:
+    """y; writes mean and invstd into saved (2C,), and the count of all sets behind, if there is
+    room; moves the running statistics.
+    """
+    y = torch.empty_like(x)
+    if len(sets) > MOST_SETS:
+        sets = merge_sets(sets)
+    weight, bias = affine
+    mean, var, batches, momentum = running
+    cumulative = momentum is None and batches is not None
+    if batches is not None and cumulative:
+        batches.add_(1)  # a launch of its own, for all programs to read
+    if not (momentum or cumulative):  # zero times an infinite mean would be no number
+        momentum, mean, var = 0.0, None, None
+    few = min(power_of_two(len(sets)), MOST_SETS)
+    block = min(few, max(1, _MERGED // plan.width)) if plan.last else few
+    _launch(
+        "normalise",
+        plan,
+        (x, y, sets, weight, bias, mean, var, batches, saved),
+        (*plan[:6], sets.stride(0), len(sets), momentum or 0.0, eps),
+        (block, saved.numel() > 2 * x.shape[1], cumulative),
+    )
+    return y
+
+
+def merge_sets(sets: Tensor) -> Tensor:
+    """Packed moments (1, 1 + 2C) of all sets (k, 1 + 2C) together."""
+    channels = sets.shape[1] // 2
+    packed = sets.new_empty((1, sets.shape[1]))
+    width = min(power_of_two(channels), _MERGED_CHANNELS)
+    launch(
+        "merge_sets",
+        (-(-channels // width), 1),
+        (sets, packed),
+        (sets.stride(0), len(sets), channels),
+        (width, _MERGED // _MERGED_CHANNELS),
+        warps=4,
+        large=False,
+    )
+    return packed
+
+
+def gradient_sums(dy: Tensor, x: Tensor, plan: Plan, *, mean: Tensor, invstd: Tensor) -> Tensor:
+    """(Σdy, Σdy·x̂) per channel (2, C)."""
+    channels = x.shape[1]
+    sums = x.new_empty((2, channels), dtype=torch.float64)
+    place = meeting_place(x, plan.groups, plan.splits * 2 * channels)
+    _launch("gradient_sums", plan, (dy, x, mean, invstd, *place, sums), plan[:7])
+    return sums
+
+
+def input_gradient(
+    dy: Tensor,
+    x: Tensor,
+    plan: Plan,
+    *,
+    weight: Tensor | None,
+    statistics: tuple[Tensor, Tensor, Tensor | None],
+    sums: Tensor,
+    own: Tensor | None = None,
+    into: tuple[Tensor | None, Tensor | None] = (None, None),
+) -> Tensor:
+    """dx; with own sums (2, C) writes the parameters' gradients into two tensors (C,), too.
+
+    statistics: mean, invstd and the count, None for that of x.
+    """
+    dx = torch.empty_like(x)
+    _launch("input_gradient", plan, (dy, x, dx, *statistics, weight, sums, own, *into), plan[:6])
+    return dx
+
+
+def _launch(
+    name: str,
+    plan: Plan,
+    tensors: tuple[Tensor | None, ...],
+    numbers: tuple[float, ...],
+    constants: tuple[object, ...] = (),
+) -> None:
+    x = tensors[0]
+    assert x is not None
+    shape = (plan.unit, plan.rows, plan.width, plan.last, dtypes(x.dtype))
+
+    launch(
+        name, plan.grid, tensors, numbers, (*shape, *constants), warps=plan.warps, large=plan.large
+    )
