@@ -130,7 +130,8 @@ def _normalise(
     saved: Tensor,
 ) -> Tensor:
     readable = Affine(*map(layout.vector, affine))
-    moved = Running(*map(layout.vector, running[:3]), running.momentum)
+    mean, var, batches, momentum = running
+    moved = Running(layout.vector(mean), layout.vector(var), layout.vector(batches), momentum)
     y = steps.normalise(x, sets, plan, affine=readable, running=moved, eps=eps, saved=saved)
     for old, new in zip(running[:3], moved[:3], strict=True):
         if old is not None and new is not None and old is not new:

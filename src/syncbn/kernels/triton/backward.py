@@ -5,7 +5,17 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .tiles import GROUP, SLOTS, come_last, load_wide, locate, narrowed, own_channels, total
+from .tiles import (
+    GROUP,
+    SLOTS,
+    come_last,
+    load_sets,
+    load_wide,
+    locate,
+    narrowed,
+    own_channels,
+    total,
+)
 
 _SIZES = ("outer", "channels", "inner", "columns", "tiles", "per", "splits")
 _PER_CHANNEL = ("mean", "invstd", "weight", "count", "sums", "own", "dweight", "dbias")
@@ -54,13 +64,15 @@ def gradient_sums(
     end = tl.minimum(first + per, tiles)
     a = tl.zeros_like(centre)
     b = tl.zeros_like(centre)
-    for start in range(first, end, GROUP):
+    for begin in range(first, end, GROUP):
         gradients = tl.zeros((ROWS, WIDTH), DTYPE)
         products = tl.zeros((ROWS, WIDTH), DTYPE)
-        for tile in range(start, tl.minimum(start + GROUP, end)):
-            place, inside, _ = locate(tile, outer, channels, inner, columns, ROWS, WIDTH, LAST)
-            gradient = tl.load(dy + place, inside, 0).to(DTYPE)
-            values = tl.load(x + place, inside, 0).to(DTYPE)
+        for tile in range(begin, tl.minimum(begin + GROUP, end)):
+            start, place, inside, _ = locate(
+                tile, outer, channels, inner, columns, ROWS, WIDTH, LAST
+            )
+            gradient = tl.load(dy + start + place, inside, 0).to(DTYPE)
+            values = tl.load(x + start + place, inside, 0).to(DTYPE)
             gradients += gradient
             products += tl.where(inside, gradient * (values - shift[None, :]), 0)
         a += total(gradients.to(tl.float64), LAST)
@@ -91,12 +103,8 @@ def gradient_sums(
 @triton.jit
 def _add_up(slots, row, splits, channel, live, BLOCK: tl.constexpr):
     result = tl.zeros_like(channel).to(tl.float64)
-    for start in range(0, splits, BLOCK):
-        i = start + tl.arange(0, BLOCK)[:, None]
-        here = (i < splits) & live[None, :]
-        result += tl.sum(
-            tl.load(slots + i * row + channel[None, :], here, 0, cache_modifier=".cg"), 0
-        )
+    for i in range(0, splits, BLOCK):
+        result += tl.sum(load_sets(slots, row, i, splits, channel, live, BLOCK), 0)
     return result
 
 
@@ -161,8 +169,8 @@ def input_gradient(
     scale = scale.to(DTYPE)[None, :]
     offset = offset.to(DTYPE)[None, :]
     for tile in range(split * per, tl.minimum(split * per + per, tiles)):
-        place, inside, _ = locate(tile, outer, channels, inner, columns, ROWS, WIDTH, LAST)
-        gradient = tl.load(dy + place, inside, 0).to(DTYPE)
-        values = tl.load(x + place, inside, 0).to(DTYPE)
+        start, place, inside, _ = locate(tile, outer, channels, inner, columns, ROWS, WIDTH, LAST)
+        gradient = tl.load(dy + start + place, inside, 0).to(DTYPE)
+        values = tl.load(x + start + place, inside, 0).to(DTYPE)
         result = (gradient + (values - shift[None, :]) * slope) * scale + offset
-        tl.store(dx + place, result.to(dx.dtype.element_ty), inside)
+        tl.store(dx + start + place, result.to(dx.dtype.element_ty), inside)

@@ -56,20 +56,22 @@ def measure(
     first = split * per
     end = tl.minimum(first + per, tiles)
 
-    place, inside, count = locate(first, outer, channels, inner, columns, ROWS, WIDTH, LAST)
-    values = tl.load(x + place, inside, 0).to(DTYPE)
+    start, place, inside, count = locate(first, outer, channels, inner, columns, ROWS, WIDTH, LAST)
+    values = tl.load(x + start + place, inside, 0).to(DTYPE)
     shift = total(values, LAST) / tl.maximum(count, 1).to(DTYPE)
     shift = tl.where(tl.abs(shift) < INFINITY, shift, 0)  # of ∞ all differences would be no numbers
 
     count = first * 0
     a = tl.zeros_like(shift).to(tl.float64)
     b = tl.zeros_like(a)
-    for start in range(first, end, GROUP):
+    for begin in range(first, end, GROUP):
         sums = tl.zeros((ROWS, WIDTH), DTYPE)
         squares = tl.zeros((ROWS, WIDTH), DTYPE)
-        for tile in range(start, tl.minimum(start + GROUP, end)):
-            place, inside, more = locate(tile, outer, channels, inner, columns, ROWS, WIDTH, LAST)
-            values = tl.load(x + place, inside, 0).to(DTYPE)
+        for tile in range(begin, tl.minimum(begin + GROUP, end)):
+            start, place, inside, more = locate(
+                tile, outer, channels, inner, columns, ROWS, WIDTH, LAST
+            )
+            values = tl.load(x + start + place, inside, 0).to(DTYPE)
             values = tl.where(inside, values - shift[None, :], 0)
             sums += values
             squares += values * values
@@ -77,7 +79,7 @@ def measure(
         a += total(sums.to(tl.float64), LAST)
         b += total(squares.to(tl.float64), LAST)
 
-    n = count.to(tl.float64)
+    n = tl.zeros_like(a) + count.to(tl.float64)
     delta = a / tl.maximum(n, 1)
     lacking = delta * a
     lacking = tl.where(lacking > LARGEST, LARGEST, lacking)  # ∞ − ∞ would be no number
@@ -87,12 +89,11 @@ def measure(
     done = splits == 1
     if splits > 1:
         slot = slots + split.to(tl.int64) * 3 * channels + channel
-        tl.store(slot, tl.zeros_like(mean) + n, live)
+        tl.store(slot, n, live)
         tl.store(slot + channels, mean, live)
         tl.store(slot + 2 * channels, m2, live)
         done = come_last(tickets + tl.program_id(0), splits)
     if done:
-        n = tl.zeros_like(mean) + n
         if splits > 1:
             n, mean, m2 = merge(
                 slots,
@@ -104,6 +105,7 @@ def measure(
                 live,
                 1,
                 SLOTS // (WIDTH if LAST else 8),
+                False,
             )
         tl.store(packed + 1 + channel, mean, live)
         tl.store(packed + 1 + channels + channel, m2, live)
@@ -121,11 +123,14 @@ def merge_sets(
     channels: tl.int64,
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
+    ONCE: tl.constexpr,
 ):
     """packed (1 + 2C) of a number of sets, each ``row`` further than the one before."""
     channel = own_channels(WIDTH, True)
     live = channel < channels
-    n, mean, m2 = merge(sets, sets + 1, sets + 1 + channels, row, number, channel, live, 0, BLOCK)
+    n, mean, m2 = merge(
+        sets, sets + 1, sets + 1 + channels, row, number, channel, live, 0, BLOCK, ONCE
+    )
     tl.store(packed + 1 + channel, mean, live)
     tl.store(packed + 1 + channels + channel, m2, live)
     tl.store(packed + channel, n, channel == 0)
@@ -186,6 +191,7 @@ def normalise(
     LAST: tl.constexpr,
     DTYPE: tl.constexpr,
     BLOCK: tl.constexpr,
+    ONCE: tl.constexpr,
     COUNT: tl.constexpr,
     CUMULATIVE: tl.constexpr,
 ):
@@ -202,7 +208,9 @@ def normalise(
     channel = own_channels(WIDTH, LAST)
     live = channel < channels
     split = tl.program_id(1)
-    n, mean, m2 = merge(sets, sets + 1, sets + 1 + channels, row, number, channel, live, 0, BLOCK)
+    n, mean, m2 = merge(
+        sets, sets + 1, sets + 1 + channels, row, number, channel, live, 0, BLOCK, ONCE
+    )
     variance = m2 / tl.where(n > 1, n, 1) + eps
     invstd = tl.where(variance < INFINITY, 1 / tl.sqrt(variance), float("nan"))
     if split == 0:
@@ -231,7 +239,7 @@ def normalise(
     scale = scale.to(DTYPE)[None, :]
     offset = offset.to(DTYPE)[None, :]
     for tile in range(split * per, tl.minimum(split * per + per, tiles)):
-        place, inside, _ = locate(tile, outer, channels, inner, columns, ROWS, WIDTH, LAST)
-        values = tl.load(x + place, inside, 0).to(DTYPE)
+        start, place, inside, _ = locate(tile, outer, channels, inner, columns, ROWS, WIDTH, LAST)
+        values = tl.load(x + start + place, inside, 0).to(DTYPE)
         values = (values - shift[None, :]) * scale + offset
-        tl.store(y + place, values.to(y.dtype.element_ty), inside)
+        tl.store(y + start + place, values.to(y.dtype.element_ty), inside)

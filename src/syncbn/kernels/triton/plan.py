@@ -19,7 +19,7 @@ from functools import lru_cache
 from math import gcd
 from typing import NamedTuple
 
-TILE = 4096  # values of up to four bytes; half as many of eight
+TILE = 4096  # values, 16 of a thread; half as many of eight bytes, or if few lie side by side
 PROGRAMS = 4  # a multiprocessor, of eight warps
 MOST_TILES = 16  # also how many values the kernels sum in float32, see tiles.py
 MOST_SPLITS = 1024
@@ -57,19 +57,19 @@ def make_plan(outer: int, channels: int, inner: int, itemsize: int, processors: 
     if channels == 1:  # all of one channel: one row
         outer, inner = 1, outer * inner
     last = inner == 1 and channels > 1
-    full = TILE if itemsize <= 4 else TILE // 2
+    unit = gcd(channels if last else inner, 16)
+    full = TILE if itemsize <= 4 and unit >= 4 else TILE // 2
     if last:
         width = _channels_of_a_program(channels)
-        rows = min(full // width, power_of_two(outer))
+        rows = min(full // width, power_of_two(outer), _near(channels))
         columns = 1
     else:
-        rows, width = _tile(outer, inner, full)
+        rows, width = _tile(outer, channels, inner, full)
         columns = max(1, ceil(inner, width))
     groups = ceil(channels, width) if last else channels
     tiles = ceil(outer, rows) * columns
     splits = max(ceil(tiles, MOST_TILES), ceil(PROGRAMS * processors, groups))
     per = max(1, ceil(tiles, max(1, min(splits, tiles, MOST_SPLITS))))
-    unit = gcd(channels if last else inner, 16)
     return Plan(
         outer,
         channels // unit if last else channels,
@@ -104,12 +104,17 @@ def _channels_of_a_program(channels: int) -> int:
     return min((most, max(1, most // 2)), key=lambda width: (ceil(channels, width) * width, -width))
 
 
-def _tile(outer: int, inner: int, full: int) -> tuple[int, int]:
+def _near(stride: int) -> int:
+    """The most rows, a power of two, whose values are less than 2³¹ places apart."""
+    return 1 << max(0, ((2**31 - TILE) // max(1, stride)).bit_length() - 1)
+
+
+def _tile(outer: int, channels: int, inner: int, full: int) -> tuple[int, int]:
     """Rows and columns of the tile with which outer × inner values cost least."""
     best, shape = None, (1, 1)
     width = min(power_of_two(inner), full)
     while width >= min(16, power_of_two(inner)):
-        rows = min(full // width, power_of_two(outer))
+        rows = min(full // width, power_of_two(outer), _near(channels * inner))
         cost = ceil(outer, rows) * ceil(inner, width) * (rows * width + TILE_COST)
         if best is None or cost < best:
             best, shape = cost, (rows, width)

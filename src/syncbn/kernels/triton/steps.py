@@ -53,7 +53,7 @@ def normalise(
         plan,
         (x, y, sets, weight, bias, mean, var, batches, saved),
         (*plan[:6], sets.stride(0), len(sets), momentum or 0.0, eps),
-        (block, saved.numel() > 2 * x.shape[1], cumulative),
+        (block, len(sets) <= block, saved.numel() > 2 * x.shape[1], cumulative),
     )
     return y
 
@@ -68,7 +68,7 @@ def merge_sets(sets: Tensor) -> Tensor:
         (-(-channels // width), 1),
         (sets, packed),
         (sets.stride(0), len(sets), channels),
-        (width, _MERGED // _MERGED_CHANNELS),
+        (width, _MERGED // _MERGED_CHANNELS, False),
         warps=4,
         large=False,
     )

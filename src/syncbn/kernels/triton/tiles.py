@@ -46,23 +46,29 @@ def locate(
     WIDTH: tl.constexpr,
     LAST: tl.constexpr,
 ):
-    """Where a tile's values are (ROWS, WIDTH), which of them exist, and how many per channel."""
+    """Where a tile starts, where its values are from there on, which of them exist (ROWS, WIDTH
+    both), and how many per channel. Within a tile 32 bits are enough: plan.py sees to it.
+    """
     group = tl.program_id(0).to(tl.int64)
     row_of_tiles = tile // columns
     first = row_of_tiles * ROWS
-    row = first + tl.arange(0, ROWS)[:, None]
-    count = tl.minimum(outer - first, ROWS)
+    rows = tl.minimum(outer - first, ROWS)
     if LAST:
-        channel = group * WIDTH + tl.arange(0, WIDTH)[None, :]
-        place = row * channels + channel
-        inside = (row < outer) & (channel < channels)
+        column = group * WIDTH
+        start = first * channels + column
+        stride = channels.to(tl.int32)
+        values = tl.minimum(channels - column, WIDTH)
+        count = rows
     else:
-        start = (tile - row_of_tiles * columns) * WIDTH
-        column = start + tl.arange(0, WIDTH)[None, :]
-        place = (row * channels + group) * inner + column
-        inside = (row < outer) & (column < inner)
-        count *= tl.minimum(inner - start, WIDTH)
-    return place, inside, count
+        column = (tile - row_of_tiles * columns) * WIDTH
+        start = (first * channels + group) * inner + column
+        stride = (channels * inner).to(tl.int32)
+        values = tl.minimum(inner - column, WIDTH)
+        count = rows * values
+    row = tl.arange(0, ROWS)[:, None]
+    column = tl.arange(0, WIDTH)[None, :]
+    inside = (row < rows.to(tl.int32)) & (column < values.to(tl.int32))
+    return start, row * stride + column, inside, count
 
 
 @triton.jit
@@ -102,6 +108,17 @@ def come_last(ticket, splits):
 
 
 @triton.jit
+def load_sets(pointer, row, first, sets, channel, live, BLOCK: tl.constexpr):
+    """One number of each channel in each of BLOCK sets (BLOCK, channels), zero past the last.
+
+    Not by way of the first cache: other programs may have written them in the same launch.
+    """
+    i = first + tl.arange(0, BLOCK)[:, None]
+    here = (i < sets) & live[None, :]
+    return tl.load(pointer + i * row + channel[None, :], here, 0, cache_modifier=".cg")
+
+
+@triton.jit
 def merge(
     counts,
     means,
@@ -112,40 +129,42 @@ def merge(
     live,
     PER_CHANNEL: tl.constexpr,
     BLOCK: tl.constexpr,
+    ONCE: tl.constexpr,
 ):
     """Count, mean and M2 of all sets together, per channel: numerics/moments.py has the formula.
 
-    Set number i has its count, mean and M2 ``i * row`` further than the first.
+    Set number i has its count (one, or PER_CHANNEL), mean and M2 ``i * row`` further than the
+    first. ONCE: there are no more than BLOCK, which are read in one go.
     """
+    counted = channel * PER_CHANNEL
     n = tl.zeros_like(channel).to(tl.float64)
     mean = tl.zeros_like(n)
     m2 = tl.zeros_like(n)
-    for start in range(0, sets, BLOCK):
-        i = start + tl.arange(0, BLOCK)[:, None]
-        here = (i < sets) & live[None, :]
-        n += tl.sum(
-            tl.load(
-                counts + i * row + channel[None, :] * PER_CHANNEL, here, 0, cache_modifier=".cg"
-            ),
-            0,
-        )
-    divisor = tl.where(n > 1, n, 1)
-    for start in range(0, sets, BLOCK):
-        i = start + tl.arange(0, BLOCK)[:, None]
-        here = (i < sets) & live[None, :]
-        weight = tl.load(
-            counts + i * row + channel[None, :] * PER_CHANNEL, here, 0, cache_modifier=".cg"
-        )
-        each = tl.load(means + i * row + channel[None, :], here, 0, cache_modifier=".cg")
-        mean += tl.sum(weight / divisor[None, :] * each, 0)
-    for start in range(0, sets, BLOCK):
-        i = start + tl.arange(0, BLOCK)[:, None]
-        here = (i < sets) & live[None, :]
-        weight = tl.load(
-            counts + i * row + channel[None, :] * PER_CHANNEL, here, 0, cache_modifier=".cg"
-        )
-        each = tl.load(means + i * row + channel[None, :], here, 0, cache_modifier=".cg")
-        spread = tl.load(m2s + i * row + channel[None, :], here, 0, cache_modifier=".cg")
-        distance = tl.where(here, each - mean[None, :], 0)
-        m2 += tl.sum(spread + weight * distance * distance, 0)
+    if ONCE:
+        weight = load_sets(counts, row, 0, sets, counted, live, BLOCK)
+        each = load_sets(means, row, 0, sets, channel, live, BLOCK)
+        spread = load_sets(m2s, row, 0, sets, channel, live, BLOCK)
+        n = tl.sum(weight, 0)
+        mean = tl.sum(weight / tl.where(n > 1, n, 1)[None, :] * each, 0)
+        m2 = tl.sum(spread_around(weight, each, spread, mean), 0)
+    else:
+        for i in range(0, sets, BLOCK):
+            n += tl.sum(load_sets(counts, row, i, sets, counted, live, BLOCK), 0)
+        divisor = tl.where(n > 1, n, 1)
+        for i in range(0, sets, BLOCK):
+            weight = load_sets(counts, row, i, sets, counted, live, BLOCK)
+            each = load_sets(means, row, i, sets, channel, live, BLOCK)
+            mean += tl.sum(weight / divisor[None, :] * each, 0)
+        for i in range(0, sets, BLOCK):
+            weight = load_sets(counts, row, i, sets, counted, live, BLOCK)
+            each = load_sets(means, row, i, sets, channel, live, BLOCK)
+            spread = load_sets(m2s, row, i, sets, channel, live, BLOCK)
+            m2 += tl.sum(spread_around(weight, each, spread, mean), 0)
     return n, mean, m2
+
+
+@triton.jit
+def spread_around(weight, each, m2, mean):
+    """Each set's sum of squares around the mean of all; of an empty set zero, where 0·∞ is none."""
+    distance = tl.where(weight > 0, each - mean[None, :], 0)
+    return m2 + weight * distance * distance
