@@ -62,4 +62,6 @@ def implementation(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPat
     steps = {each.steps.NAME: each.steps for each in kernels.IMPLEMENTATIONS}
     if why := steps[request.param].unavailable():
         pytest.skip(why)
+    if not steps[request.param].supports(torch.empty(1, 1)):
+        pytest.skip(f"{request.param} is for other devices")
     monkeypatch.setattr(kernels, "_usable", {request.param, "composite"})

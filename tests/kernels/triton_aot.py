@@ -79,7 +79,7 @@ def variants(dtype: str) -> Iterator[Variant]:
             few = ", ".join(f"{name} {value}" for name, value in options.items())
             constants = shape_constants(plan, dtype) | options
             yield Variant(kernel, f"{where} {few}", types(dtype), constants, plan.warps, wide)
-    constants = {"WIDTH": 16, "BLOCK": 64, "ONCE": False}
+    constants = {"WIDTH": 16, "BLOCK": 32, "ONCE": False}
     yield Variant(forward.merge_sets, "", types(dtype), constants, 4, False)
 
 

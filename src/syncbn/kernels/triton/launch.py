@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from functools import cache
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -22,15 +23,23 @@ _kept: dict[tuple[Any, ...], Any] = {}
 _scratch: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
 
 
+@cache
 def unavailable() -> str | None:
-    """Why there is no Triton here, in words; None where there is. The first call imports it."""
-    try:
-        _modules()
-    except ImportError as error:
+    """Why there is no Triton here, in words; None where there is. It is imported to see only where
+    there is a device for it, as that takes a while.
+    """
+    if find_spec("triton") is None:
         return (
-            f"Triton does not import: {error}; torch's builds for CUDA and ROCm bring it, else "
+            "Triton is not installed; torch's builds for CUDA and ROCm bring it, else "
             "pip install 'syncbn[triton]'"
         )
+    if torch.cuda.is_available() or interpreting():
+        try:
+            _modules()
+        except (
+            Exception
+        ) as error:  # of a version that lacks what the kernels use, or half installed
+            return f"Triton does not load: {type(error).__name__}: {error}"
     return None
 
 
@@ -75,9 +84,9 @@ def _keeps() -> bool:
 
 @cache
 def processors(index: int) -> int:
-    """The multiprocessors of a device; of none, for the interpreter, a few."""
+    """The multiprocessors of a device; of none, for the interpreter, one."""
     if index < 0:
-        return 2
+        return 1
     return int(torch.cuda.get_device_properties(index).multi_processor_count)
 
 

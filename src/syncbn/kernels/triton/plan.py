@@ -61,15 +61,15 @@ def make_plan(outer: int, channels: int, inner: int, itemsize: int, processors: 
     full = TILE if itemsize <= 4 and unit >= 4 else TILE // 2
     if last:
         width = _channels_of_a_program(channels)
-        rows = min(full // width, power_of_two(outer), _near(channels))
+        rows = max(1, min(full // width, power_of_two(outer), _near(channels)))
         columns = 1
     else:
         rows, width = _tile(outer, channels, inner, full)
         columns = max(1, ceil(inner, width))
     groups = ceil(channels, width) if last else channels
     tiles = ceil(outer, rows) * columns
-    splits = max(ceil(tiles, MOST_TILES), ceil(PROGRAMS * processors, groups))
-    per = max(1, ceil(tiles, max(1, min(splits, tiles, MOST_SPLITS))))
+    wanted = max(1, ceil(tiles, MOST_TILES), ceil(PROGRAMS * processors, groups))
+    per = max(1, tiles // wanted, ceil(tiles, MOST_SPLITS))
     return Plan(
         outer,
         channels // unit if last else channels,

@@ -7,11 +7,11 @@ from torch import Tensor
 
 from ..interface import Affine, Running
 from .launch import dtypes, launch, meeting_place
-from .plan import Plan, power_of_two
+from .plan import Plan, ceil, power_of_two
 
 MOST_SETS = 64  # that normalise merges; of more one launch makes one
-_MERGED = 1024  # values that a program looks at together when it merges
-_MERGED_CHANNELS = 16  # of a program that does nothing else
+_MERGED = 1024  # numbers of sets that normalise looks at together
+_MERGE_SETS = (16, 32)  # channels and sets at a time, where a program does nothing else
 
 
 def measure(x: Tensor, plan: Plan) -> Tensor:
@@ -62,13 +62,14 @@ def merge_sets(sets: Tensor) -> Tensor:
     """Packed moments (1, 1 + 2C) of all sets (k, 1 + 2C) together."""
     channels = sets.shape[1] // 2
     packed = sets.new_empty((1, sets.shape[1]))
-    width = min(power_of_two(channels), _MERGED_CHANNELS)
+    most, block = _MERGE_SETS
+    width = min(power_of_two(channels), most)
     launch(
         "merge_sets",
-        (-(-channels // width), 1),
+        (ceil(channels, width), 1),
         (sets, packed),
         (sets.stride(0), len(sets), channels),
-        (width, _MERGED // _MERGED_CHANNELS, False),
+        (width, block, False),
         warps=4,
         large=False,
     )
