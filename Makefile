@@ -5,7 +5,7 @@ READY := .venv/.ready
 
 WHEEL := build/wheel
 
-.PHONY: setup demo test test-all test-composite test-native test-compilers test-aarch64 test-wheel coverage mutants lint format bench-toy clean
+.PHONY: setup demo test test-all test-composite test-kernels test-native test-compilers test-aarch64 test-wheel coverage mutants lint format bench-toy clean
 
 setup: $(READY)
 
@@ -37,6 +37,13 @@ test-composite: $(READY)
 	  tests/layers/test_modules.py tests/layers/test_lazy.py tests/layers/test_state.py \
 	  tests/models/test_convert.py tests/models/test_revert.py \
 	  tests/step/test_exact.py tests/step/test_masks.py tests/step/test_double_backward.py
+
+# The GPU's kernels without a GPU, where Triton is installed (pip install -c constraints.txt triton):
+# in its interpreter, and compiled for GPUs that are not here.
+test-kernels: $(READY)
+	TRITON_INTERPRET=1 SYNCBN_KERNELS=triton $(BIN)/python $(PYTEST) tests/kernels/test_triton.py
+	$(BIN)/python $(PYTEST) tests/kernels/test_triton_plan.py tests/kernels/test_triton_launch.py
+	$(BIN)/python tests/kernels/triton_aot.py
 
 # csrc without torch: the loops under AddressSanitizer and UndefinedBehaviorSanitizer, whose
 # checks of pointers are left to the first: they take most of the time to compile.

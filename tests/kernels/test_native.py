@@ -171,7 +171,7 @@ def test_the_environment_chooses():
     assert chosen.stdout.strip() == "composite"
     (chosen,) = execute(WHICH, SYNCBN_KERNELS="fast")
     assert chosen.code != 0
-    assert "SYNCBN_KERNELS: expected triton, native or composite, got 'fast'" in chosen.stderr
+    assert "SYNCBN_KERNELS: expected native, triton or composite, got 'fast'" in chosen.stderr
     (chosen,) = execute(WHICH, SYNCBN_KERNELS="native")
     if native.available():
         assert chosen.stdout.strip() == "native"

@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import syncbn
 from support import oracle
 from support.cases import Case, check, laid_out, layouts, step, strides
+from support.interpreter import patch_language_once
 from support.kernels import whole_step
 from syncbn import kernels
 from syncbn.kernels import Affine, Running, Statistics, composite
@@ -34,6 +35,13 @@ pytestmark = pytest.mark.skipif(
 
 DTYPES = list(oracle.TOLERANCE)
 SHAPES = [(70, 3), (5, 2, 3, 7), (2, 2, 7, 3, 2), (9, 1, 17), (5, 66, 1, 1)]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _fast():
+    with pytest.MonkeyPatch.context() as patch:
+        patch_language_once(patch)
+        yield
 
 
 @pytest.fixture(params=[4096, 64], ids=["one program", "several programs"])

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -73,10 +74,12 @@ def variants(dtype: str) -> Iterator[Variant]:
             (forward.normalise, {"BLOCK": 16, "ONCE": False, "COUNT": True, "CUMULATIVE": True}),
             (backward.gradient_sums, {}),
             (backward.input_gradient, {}),
-            (backward.input_gradient, {"dweight": None, "dbias": None, "own": None}),
-            (backward.input_gradient, {"count": None, "weight": None}),
+            (
+                backward.input_gradient,
+                dict.fromkeys(("count", "weight", "own", "dweight", "dbias")),
+            ),
         ):
-            few = ", ".join(f"{name} {value}" for name, value in options.items())
+            few = ", ".join(f"{name} {value}".lower() for name, value in options.items())
             constants = shape_constants(plan, dtype) | options
             yield Variant(kernel, f"{where} {few}", types(dtype), constants, plan.warps, wide)
     constants = {"WIDTH": 16, "BLOCK": 32, "ONCE": False}
@@ -182,23 +185,32 @@ def check(variant: Variant, found: Facts) -> list[str]:
 def main(wanted: list[str]) -> int:
     targets = [name for name in TARGETS if name in wanted] or list(TARGETS)
     dtypes = [name for name in BYTES if name in wanted] or list(BYTES)
+    pairs = [(target, dtype) for target in targets for dtype in dtypes]
     print("| GPU | dtype | kernel | registers | spilled | loads, wide | stores, wide |")
     print("|---|---|---|---|---|---|---|")
     failures = 0
-    for target in targets:
-        for dtype in dtypes:
-            for variant in variants(dtype):
-                found = facts(compiled(variant, TARGETS[target]), TARGETS[target])
-                what = f"{variant.kernel.__name__} {variant.where}".strip()
-                numbers = (
-                    f"{found.registers} | {found.spilled} | {found.loads}, {found.wide_loads} | "
-                    f"{found.stores}, {found.wide_stores}"
-                )
-                print(f"| {target} | {dtype} | {what} | {numbers} |", flush=True)
-                for words in check(variant, found):
-                    failures += 1
-                    print(f"{target} {dtype} {what}: {words}", file=sys.stderr, flush=True)
+    with ProcessPoolExecutor(2) as pool:
+        for rows, wrong in pool.map(table, *zip(*pairs, strict=True)):
+            print(*rows, sep="\n", flush=True)
+            failures += len(wrong)
+            for words in wrong:
+                print(words, file=sys.stderr, flush=True)
     return min(failures, 1)
+
+
+def table(target: str, dtype: str) -> tuple[list[str], list[str]]:
+    """Rows of the table, and what is wrong."""
+    rows, wrong = [], []
+    for variant in variants(dtype):
+        found = facts(compiled(variant, TARGETS[target]), TARGETS[target])
+        what = f"{variant.kernel.__name__} {variant.where}".strip()
+        numbers = (
+            f"{found.registers} | {found.spilled} | {found.loads}, {found.wide_loads} | "
+            f"{found.stores}, {found.wide_stores}"
+        )
+        rows.append(f"| {target} | {dtype} | {what} | {numbers} |")
+        wrong += [f"{target} {dtype} {what}: {words}" for words in check(variant, found)]
+    return rows, wrong
 
 
 if __name__ == "__main__":

@@ -38,17 +38,17 @@ VARIABLE = "SYNCBN_KERNELS"
 COMPOSITE = Implementation(composite, missed="", samples=composite)  # never unavailable
 IMPLEMENTATIONS = (  # the first that supports a tensor serves it; the last one supports all
     Implementation(
-        triton,
-        fused=triton,
-        missed="syncbn trains tensors on the GPU with plain torch operations, about a hundred "
-        "small ones in a layer's step, which are slower than its kernels",
-    ),
-    Implementation(
         native,
         samples=native,
         fused=native,
         missed="syncbn trains tensors on the CPU with plain torch operations, which are slower "
         "than its compiled ones",
+    ),
+    Implementation(
+        triton,
+        fused=triton,
+        missed="syncbn trains tensors on the GPU with plain torch operations, about a hundred "
+        "small ones in a layer's step, which are slower than its kernels",
     ),
     COMPOSITE,
 )

@@ -56,11 +56,11 @@ def describe() -> str:
 def supports(x: Tensor) -> bool:
     """Whether the kernels take x: a plain dense floating tensor on a GPU, outside of a graph."""
     return (
-        type(x) in _TYPES
+        not torch.compiler.is_compiling()
+        and type(x) in _TYPES
         and (x.is_cuda or (x.is_cpu and _on_cpu()))
         and x.dtype in checks.FLOATING
         and x.layout is torch.strided
-        and not torch.compiler.is_compiling()
     )
 
 

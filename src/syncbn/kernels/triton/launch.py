@@ -172,12 +172,9 @@ def meeting_place(x: Tensor, tickets: int, slots: int) -> tuple[Tensor, Tensor]:
     beside others: each of its launches has its own.
     """
     device = x.get_device()
-    if device >= 0 and not torch.cuda.is_current_stream_capturing():
-        key = (device, torch._C._cuda_getCurrentRawStream(device))
-    elif device < 0:
-        key = (device, 0)
-    else:
+    if _is_capturing(device):
         return _new_place(x, tickets, slots)
+    key = (device, torch._C._cuda_getCurrentRawStream(device) if device >= 0 else 0)
     found = _scratch.get(key)
     if found is None or found[0].numel() < tickets or found[1].numel() < slots:
         least = (1024, 8192) if found is None else (found[0].numel(), found[1].numel())
