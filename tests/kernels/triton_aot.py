@@ -70,8 +70,8 @@ def variants(dtype: str) -> Iterator[Variant]:
         wide = plan.unit * BYTES[dtype] % 16 == 0
         for kernel, options in (
             (forward.measure, {}),
-            (forward.normalise, {"BLOCK": 1, "ONCE": True, "COUNT": False, "CUMULATIVE": False}),
-            (forward.normalise, {"BLOCK": 16, "ONCE": False, "COUNT": True, "CUMULATIVE": True}),
+            (forward.normalise, {"BLOCK": 1, "ONCE": True, "CUMULATIVE": False, "count": None}),
+            (forward.normalise, {"BLOCK": 16, "ONCE": False, "CUMULATIVE": True}),
             (backward.gradient_sums, {}),
             (backward.input_gradient, {}),
             (

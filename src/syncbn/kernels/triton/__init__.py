@@ -23,7 +23,6 @@ from torch.nn import Parameter
 from ..interface import NO_AFFINE, NO_RUNNING, Affine, Running, Statistics
 from . import checks, layout, steps
 from .launch import interpreting, unavailable, version
-from .plan import Plan
 
 __all__ = [
     "DEVICES",
@@ -84,7 +83,7 @@ def measure(x: Tensor) -> Tensor:
 
 def measure_checked(x: Tensor, *, affine: Affine, running: Running) -> Tensor:
     checks.check_input("measure", x)
-    checks.check_layer("measure", x, affine, running)
+    checks.fit_layer("measure", x, affine, running)
     x, plan = layout.planned(x)
     return steps.measure(x, plan)
 
@@ -98,45 +97,38 @@ def normalise(
     eps: float,
 ) -> tuple[Tensor, Statistics]:
     checks.check_input("normalise", x)
-    checks.check_layer("normalise", x, affine, running)
     channels = x.shape[1]
     checks.check_wide("normalise", "sets", sets, (len(sets), 1 + 2 * channels), x)
-    if sets.stride(1) != 1:
+    if not sets.is_contiguous() and sets.stride(1) != 1:
         sets = sets.contiguous()
-    saved = x.new_empty(2 * channels + 1, dtype=torch.float64)
+    saved = x.new_empty((2, channels), dtype=torch.float64)
+    count = x.new_empty((), dtype=torch.float64)
     lain, plan = layout.planned(x)
-    y = _normalise(lain, sets, plan, affine, running, eps, saved)
-    statistics = Statistics(saved[:channels], saved[channels:-1], saved[-1])
-    return y if lain is x else layout.restored(y, x), statistics
+    fit, moved = checks.fit_layer("normalise", x, affine, running)
+    y = steps.normalise(
+        lain, sets, plan, affine=fit, running=moved, eps=eps, saved=saved, count=count
+    )
+    _copy_back(running, moved)
+    mean, invstd = saved.unbind()
+    return y if lain is x else layout.restored(y, x), Statistics(mean, invstd, count)
 
 
 def batch_norm(x: Tensor, *, affine: Affine, running: Running, eps: float) -> tuple[Tensor, Tensor]:
     checks.check_input("batch_norm", x)
-    checks.check_layer("batch_norm", x, affine, running)
     saved = x.new_empty((2, x.shape[1]), dtype=torch.float64)
     lain, plan = layout.planned(x)
+    fit, moved = checks.fit_layer("batch_norm", x, affine, running)
     sets = steps.measure(lain, plan).unsqueeze(0)
-    y = _normalise(lain, sets, plan, affine, running, eps, saved)
+    y = steps.normalise(lain, sets, plan, affine=fit, running=moved, eps=eps, saved=saved)
+    _copy_back(running, moved)
     return y if lain is x else layout.restored(y, x), saved
 
 
-def _normalise(
-    x: Tensor,
-    sets: Tensor,
-    plan: Plan,
-    affine: Affine,
-    running: Running,
-    eps: float,
-    saved: Tensor,
-) -> Tensor:
-    readable = Affine(*map(layout.vector, affine))
-    mean, var, batches, momentum = running
-    moved = Running(layout.vector(mean), layout.vector(var), layout.vector(batches), momentum)
-    y = steps.normalise(x, sets, plan, affine=readable, running=moved, eps=eps, saved=saved)
+def _copy_back(running: Running, moved: Running) -> None:
+    """Into running statistics that the kernels could not write as they lie."""
     for old, new in zip(running[:3], moved[:3], strict=True):
         if old is not None and new is not None and old is not new:
             old.copy_(new)
-    return y
 
 
 def gradient_sums(dy: Tensor, x: Tensor, statistics: Statistics) -> Tensor:
@@ -167,17 +159,17 @@ def batch_norm_backward(
     dy: Tensor, x: Tensor, *, affine: Affine, saved: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     checks.check_gradient("batch_norm_backward", dy, x)
-    checks.check_layer("batch_norm_backward", x, Affine(affine.weight), NO_RUNNING)
+    fit, _ = checks.fit_layer("batch_norm_backward", x, Affine(affine.weight))
     checks.check_wide("batch_norm_backward", "saved", saved, (2, x.shape[1]), x)
     into = _parameter_gradients(x, affine)
     lain, plan = layout.planned(x)
-    dy, (mean, invstd) = layout.like(dy, lain), saved
+    dy, (mean, invstd) = layout.like(dy, lain), saved.unbind()
     sums = steps.gradient_sums(dy, lain, plan, mean=mean, invstd=invstd)
     dx = steps.input_gradient(
         dy,
         lain,
         plan,
-        weight=layout.vector(affine.weight),
+        weight=fit.weight,
         statistics=(mean, invstd, None),
         sums=sums,
         own=sums,
@@ -206,7 +198,7 @@ def _input_gradient(
     into: tuple[Tensor | None, Tensor | None] = (None, None),
 ) -> Tensor:
     checks.check_gradient(step, dy, x)
-    checks.check_layer(step, x, Affine(weight), NO_RUNNING)
+    fit, _ = checks.fit_layer(step, x, Affine(weight))
     checks.check_pair(step, statistics[:2], x)
     checks.check_wide(step, "sums", sums, (2, x.shape[1]), x)
     lain, plan = layout.planned(x)
@@ -214,7 +206,7 @@ def _input_gradient(
         layout.like(dy, lain),
         lain,
         plan,
-        weight=layout.vector(weight),
+        weight=fit.weight,
         statistics=statistics,
         sums=sums.contiguous(),
         own=own,

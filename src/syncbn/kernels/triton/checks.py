@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ...tensors.storages import check_held, has_storage
-from ..interface import Affine, Running
+from ..interface import NO_RUNNING, Affine, Running
 
 FLOATING = frozenset((torch.float32, torch.float64, torch.bfloat16, torch.float16))
 COUNTING = FLOATING | {torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8}
@@ -29,7 +29,7 @@ def check_input(step: str, x: Tensor) -> None:
 def check_gradient(step: str, dy: Tensor, x: Tensor) -> None:
     """Refuse a gradient that is not of the shape, device and dtype of x; checks x too."""
     check_input(step, x)
-    if dy.shape != x.shape or dy.dtype != x.dtype or dy.device != x.device:
+    if dy.shape != x.shape or dy.dtype != x.dtype or dy.get_device() != x.get_device():
         raise RuntimeError(
             f"{step}: expected dy of x's dtype and shape, {x.dtype} and {tuple(x.shape)} on "
             f"{x.device}, got {dy.dtype} and {tuple(dy.shape)} on {dy.device}"
@@ -40,45 +40,69 @@ def check_gradient(step: str, dy: Tensor, x: Tensor) -> None:
 
 def check_wide(step: str, name: str, tensor: Tensor, shape: tuple[int, ...], x: Tensor) -> None:
     """Refuse per-channel numbers that are not float64 of this shape on the device of x."""
-    if tensor.shape != shape or tensor.dtype != torch.float64 or tensor.device != x.device:
+    if not (
+        tensor.dtype == torch.float64
+        and tensor.shape == shape
+        and tensor.get_device() == x.get_device()
+    ):
         raise RuntimeError(
             f"{step}: expected {name} as float64 of shape {shape} on {x.device}, got "
             f"{tensor.dtype} of shape {tuple(tensor.shape)} on {tensor.device}"
         )
-    if not has_storage(tensor):
+    if not _is_lain(tensor):
         check_held({name: tensor})
 
 
-def check_layer(step: str, x: Tensor, affine: Affine, running: Running) -> None:
-    """Refuse parameters and running statistics that are not (C,), floating and where x is."""
-    device, shape = x.device, x.shape[1:2]
-    weight, bias = affine
-    for tensor in (weight, bias, running.mean, running.var):
-        if tensor is None or (
-            tensor.shape == shape
-            and tensor.dtype in FLOATING
-            and tensor.device == device
-            and has_storage(tensor)
-        ):
-            continue
-        check_held({"a parameter or running statistic": tensor})
-        raise RuntimeError(
-            f"{step}: expected parameters and running statistics as floating tensors of shape "
-            f"{tuple(shape)} on {device}, got {tensor.dtype} of shape {tuple(tensor.shape)} on "
-            f"{tensor.device}"
-        )
+def fit_layer(
+    step: str, x: Tensor, affine: Affine, running: Running = NO_RUNNING
+) -> tuple[Affine, Running]:
+    """Parameters and running statistics as the kernels read and write them: copies of those that
+    do not lie so. Refuses what is not (C,), floating and where x is.
+    """
+    channels, device = x.shape[1], x.get_device()
+    found: list[Tensor | None] = []
+    for tensor in (*affine, running.mean, running.var):
+        if tensor is not None:
+            if not (
+                tensor.dtype in FLOATING
+                and tensor.numel() == channels
+                and tensor.dim() == 1
+                and tensor.get_device() == device
+            ):
+                raise RuntimeError(
+                    f"{step}: expected parameters and running statistics as floating tensors of "
+                    f"shape ({channels},) on {x.device}, got {tensor.dtype} of shape "
+                    f"{tuple(tensor.shape)} on {tensor.device}"
+                )
+            tensor = _lain("a parameter or running statistic", tensor)
+        found.append(tensor)
+    weight, bias, mean, var = found
     batches = running.batches
-    if batches is not None and not (
-        batches.numel() == 1
-        and batches.dtype in COUNTING
-        and batches.device == device
-        and has_storage(batches)
-    ):
-        check_held({"num_batches_tracked": batches})
-        raise RuntimeError(
-            f"{step}: expected num_batches_tracked as one real number on {device}, got "
-            f"{batches.dtype} of shape {tuple(batches.shape)} on {batches.device}"
-        )
+    if batches is not None:
+        if not (
+            batches.numel() == 1 and batches.dtype in COUNTING and batches.get_device() == device
+        ):
+            raise RuntimeError(
+                f"{step}: expected num_batches_tracked as one real number on {x.device}, got "
+                f"{batches.dtype} of shape {tuple(batches.shape)} on {batches.device}"
+            )
+        batches = _lain("num_batches_tracked", batches)
+    return Affine(weight, bias), Running(mean, var, batches, running.momentum)
+
+
+def _lain(name: str, tensor: Tensor) -> Tensor:
+    if _is_lain(tensor):
+        return tensor
+    check_held({name: tensor})
+    return tensor.resolve_neg().contiguous()
+
+
+def _is_lain(tensor: Tensor) -> bool:
+    """Whether all values are in memory, side by side and with their own sign."""
+    end = tensor.storage_offset() * tensor.itemsize + tensor.nbytes
+    return (
+        tensor.is_contiguous() and not tensor.is_neg() and tensor.untyped_storage().nbytes() >= end
+    )
 
 
 def check_pair(step: str, statistics: tuple[Tensor, Tensor], x: Tensor) -> None:

@@ -163,6 +163,7 @@ def _count_batch(batches):
         "running_var",
         "batches",
         "saved",
+        "count",
     ),
 )
 def normalise(
@@ -175,6 +176,7 @@ def normalise(
     running_var,
     batches,
     saved,
+    count,
     outer: tl.int64,
     channels: tl.int64,
     inner: tl.int64,
@@ -192,10 +194,9 @@ def normalise(
     DTYPE: tl.constexpr,
     BLOCK: tl.constexpr,
     ONCE: tl.constexpr,
-    COUNT: tl.constexpr,
     CUMULATIVE: tl.constexpr,
 ):
-    """y, with the moments of all sets; saved = (mean, invstd), and with COUNT their count.
+    """y, with the moments of all sets; saved = (mean, invstd); their count.
 
     Every program merges the sets of its channels; the first of each group writes what is per
     channel. CUMULATIVE: the momentum is 1 / batches, which has counted this one already; else the
@@ -216,8 +217,8 @@ def normalise(
     if split == 0:
         tl.store(saved + channel, mean, live)
         tl.store(saved + channels + channel, invstd, live)
-        if COUNT:
-            tl.store(saved + 2 * channels + channel, n, channel == 0)
+        if count is not None:
+            tl.store(count + channel, n, channel == 0)
         rate = tl.zeros_like(n) + momentum
         if CUMULATIVE:
             rate = tl.zeros_like(n) + 1 / tl.load(batches).to(tl.float64)

@@ -106,7 +106,7 @@ def launch(
     plan.LARGE bytes.
     """
     device = tensors[0].get_device()  # type: ignore[union-attr]
-    if device >= 0 and device != torch.cuda.current_device():
+    if device >= 0 and device != torch._C._cuda_getDevice():
         with torch.cuda.device(device):
             _start(name, grid, tensors, numbers, constants, warps, large, device)
     else:
@@ -162,7 +162,7 @@ class _public:
 
 
 def _is_capturing(device: int) -> bool:
-    return device >= 0 and torch.cuda.is_current_stream_capturing()
+    return device >= 0 and torch._C._cuda_isCurrentStreamCapturing()
 
 
 def meeting_place(x: Tensor, tickets: int, slots: int) -> tuple[Tensor, Tensor]:

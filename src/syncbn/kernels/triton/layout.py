@@ -29,11 +29,12 @@ def is_last(x: Tensor) -> bool | None:
 
 def planned(x: Tensor) -> tuple[Tensor, Plan]:
     """x, or a contiguous copy of it, and the plan for it."""
-    x = x.resolve_neg()
+    if x.is_neg():
+        x = x.resolve_neg()
     last = is_last(x)
     if last is None:
         x, last = x.contiguous(), False
-    n, channels = x.shape[:2]
+    n, channels, *_ = x.shape
     values = x.numel() // channels
     inner = values // n if n else 0
     outer, inner = (values, 1) if last or inner == 1 else (n, inner)
@@ -42,21 +43,15 @@ def planned(x: Tensor) -> tuple[Tensor, Plan]:
 
 def like(dy: Tensor, x: Tensor) -> Tensor:
     """dy, or a copy of it that lies as x, which is contiguous or channels_last."""
-    dy = dy.resolve_neg()
+    if dy.is_neg():
+        dy = dy.resolve_neg()
     if dy.stride() == x.stride():
         return dy
     last, wanted = is_last(dy), is_last(x)
-    one_value = x.numel() == len(x) * x.shape[1]  # of a channel in a sample: both are the same
+    one_value = x.numel() == x.shape[0] * x.shape[1]  # of a channel in a sample: both are the same
     return dy if last is wanted or (one_value and last is not None) else laid(x.stride(), dy)
 
 
 def restored(result: Tensor, x: Tensor) -> Tensor:
     """A result for a copy of x, with the strides of torch.empty_like(x)."""
     return laid(strides_like(x), result)
-
-
-def vector(tensor: Tensor | None) -> Tensor | None:
-    """A parameter or statistic, or a copy of it, where it does not lie as the kernels read it."""
-    if tensor is None or (tensor.is_contiguous() and not tensor.is_neg()):
-        return tensor
-    return tensor.resolve_neg().contiguous()

@@ -32,13 +32,15 @@ def normalise(
     running: Running,
     eps: float,
     saved: Tensor,
+    count: Tensor | None = None,
 ) -> Tensor:
-    """y; writes mean and invstd into saved (2C,), and the count of all sets behind, if there is
-    room; moves the running statistics.
+    """y; writes mean and invstd into saved (2, C), and the count of all sets; moves the running
+    statistics.
     """
     y = torch.empty_like(x)
-    if len(sets) > MOST_SETS:
-        sets = merge_sets(sets)
+    number = sets.shape[0]
+    if number > MOST_SETS:
+        sets, number = merge_sets(sets), 1
     weight, bias = affine
     mean, var, batches, momentum = running
     cumulative = momentum is None and batches is not None
@@ -46,14 +48,14 @@ def normalise(
         batches.add_(1)  # a launch of its own, for all programs to read
     if not (momentum or cumulative):  # zero times an infinite mean would be no number
         momentum, mean, var = 0.0, None, None
-    few = min(power_of_two(len(sets)), MOST_SETS)
+    few = power_of_two(number)
     block = min(few, max(1, _MERGED // plan.width)) if plan.last else few
     _launch(
         "normalise",
         plan,
-        (x, y, sets, weight, bias, mean, var, batches, saved),
-        (*plan[:6], sets.stride(0), len(sets), momentum or 0.0, eps),
-        (block, len(sets) <= block, saved.numel() > 2 * x.shape[1], cumulative),
+        (x, y, sets, weight, bias, mean, var, batches, saved, count),
+        (*plan[:6], sets.stride(0), number, momentum or 0.0, eps),
+        (block, number <= block, cumulative),
     )
     return y
 
