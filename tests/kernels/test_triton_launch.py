@@ -218,3 +218,39 @@ def test_only_tensors_on_gpus_are_taken(monkeypatch):
     assert not gpu.supports(torch.empty(2, 2))
     assert not gpu.supports(torch.empty(2, 2, device="meta"))
     assert not gpu.supports_others(Affine(torch.ones(2)), Running())
+
+
+@pytest.mark.parametrize("backend", ["nvidia", "amd"])
+def test_triton_compiles_for_nothing_that_the_key_of_a_kept_kernel_lacks(backend):
+    """Types of tensors, the alignment of the first ones, constants: not sizes, nor momentum."""
+    pytest.importorskip("triton")
+    import triton.language as tl
+    from triton.backends.amd.compiler import HIPBackend
+    from triton.backends.compiler import GPUTarget
+    from triton.backends.nvidia.compiler import CUDABackend
+    from triton.runtime.jit import JITFunction, create_function_from_signature
+
+    from syncbn.kernels.triton import backward, forward
+
+    if not isinstance(forward.measure, JITFunction):
+        pytest.skip("TRITON_INTERPRET is set")
+    target = GPUTarget("cuda", 90, 32) if backend == "nvidia" else GPUTarget("hip", "gfx942", 64)
+    made = (CUDABackend if backend == "nvidia" else HIPBackend)(target)
+    for kernel in (
+        *(forward.measure, forward.merge_sets, forward.normalise),
+        *(backward.gradient_sums, backward.input_gradient),
+    ):
+        bind = create_function_from_signature(kernel.signature, kernel.params, made)
+        found = []
+        for shift, size, real in ((0, 16, 1.0), (1, 1, 0.1), (1, 2**40, 1e-5)):
+            arguments: list[Any] = []
+            for parameter in kernel.params:
+                if parameter.is_constexpr:
+                    arguments.append(tl.float32)
+                elif parameter.annotation_type:
+                    arguments.append(size if parameter.annotation_type == "i64" else real)
+                else:
+                    first = len(arguments) < launch.ALIGNED
+                    arguments.append(torch.zeros(9)[0 if first else shift :])
+            found.append(bind(*arguments, num_warps=8)[1])
+        assert found[0] == found[1] == found[2], kernel.__name__

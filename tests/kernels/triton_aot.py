@@ -43,7 +43,7 @@ SHAPES = {
 # The most registers of a thread of 256: 64 let four programs run on a multiprocessor, 128 two.
 REGISTERS = {"measure": 128, "normalise": 128, "gradient_sums": 128, "input_gradient": 128}
 REGISTERS["merge_sets"] = 128
-SPILLED = 0  # bytes
+SPILLED = 8  # bytes: one number, of float64, where the assembler would rather have 64 registers
 
 
 class Variant(NamedTuple):
