@@ -16,7 +16,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import syncbn
-from support import oracle
+from support import magnitudes, oracle
 from support.cases import Case, check, laid_out, layouts, step, strides
 from support.interpreter import patch_language_once
 from support.kernels import whole_step
@@ -26,12 +26,15 @@ from syncbn.kernels import triton as gpu
 from syncbn.kernels.triton import launch, layout, plan, steps
 from syncbn.numerics.moments import unpack
 
-pytestmark = pytest.mark.skipif(
-    find_spec("triton") is None
-    or os.environ.get("TRITON_INTERPRET") != "1"
-    or os.environ.get(kernels.VARIABLE) != "triton",
-    reason="needs Triton, TRITON_INTERPRET=1 and SYNCBN_KERNELS=triton: make test-kernels",
-)
+pytestmark = [
+    pytest.mark.skipif(
+        find_spec("triton") is None
+        or os.environ.get("TRITON_INTERPRET") != "1"
+        or os.environ.get(kernels.VARIABLE) != "triton",
+        reason="needs Triton, TRITON_INTERPRET=1 and SYNCBN_KERNELS=triton: make test-kernels",
+    ),
+    pytest.mark.filterwarnings("ignore::RuntimeWarning"),  # NumPy's, of what is infinite
+]
 
 DTYPES = list(oracle.TOLERANCE)
 SHAPES = [(70, 3), (5, 2, 3, 7), (2, 2, 7, 3, 2), (9, 1, 17), (5, 66, 1, 1)]
@@ -284,6 +287,22 @@ def test_what_has_no_statistics_is_no_number(value):
     assert torch.equal(y.isnan(), theirs.isnan())
     assert torch.equal(found.invstd.isnan(), expected.invstd.isnan())
     torch.testing.assert_close(y[:, ::2], theirs[:, ::2])
+
+
+@pytest.mark.parametrize(
+    ("mean", "deviation", "steepness"),
+    [(0, 1e18, 1e-12), (1e19, 1e19, 1), (0, 1e20, 1e-10), (2e38, 4e37, 1e3), (0, 1e-12, 1e-12)],
+)
+def test_values_of_every_size_are_right_or_say_nothing(mean, deviation, steepness):
+    x, dy, weight = magnitudes.batch(torch.float32, mean, deviation, steepness, (6, 2, 3, 4))
+    y, dx, sums, *_ = whole_step(gpu, x, dy, weight, None)
+    expected = oracle.batch_norm(x, dy, weight)
+    exact = (expected.y, expected.dx, expected.dbias, expected.dweight)
+    for result, right in zip((y, dx, *sums), exact, strict=True):
+        for c in range(2):
+            got, value = (t[:, c] if t.dim() > 1 else t[c] for t in (result, right))
+            close = (got.double() - value).abs() <= 2e-5 * value.abs().max()
+            assert close.all() or (deviation > 1e17 and not got.isfinite().any())
 
 
 @pytest.mark.parametrize("name", ["contiguous", "channels_last"])
