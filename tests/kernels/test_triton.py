@@ -354,7 +354,9 @@ def test_one_launch_a_step_and_nothing_between(name, launched, monkeypatch, tile
     affine = Affine(weight, bias)
     running = Running(torch.zeros(3), torch.ones(3), torch.tensor(0))
     launch.meeting_place(x, 4096, 4096)  # which a first call makes
-    monkeypatch.setattr(launch, "_start", lambda *_: None)  # the interpreter uses torch itself
+    monkeypatch.setattr(
+        launch, "_start", lambda *_, **__: None
+    )  # the interpreter uses torch itself
     sets = torch.zeros(8, 7, dtype=torch.float64)
     with Others() as others:
         packed = gpu.measure_checked(x, affine=affine, running=running)

@@ -126,8 +126,13 @@ def test_options_of_a_layer_have_kernels_of_their_own(stand):
 
 def test_versions_that_were_not_tried_start_by_the_public_call(stand, monkeypatch):
     monkeypatch.setattr(launch, "_keeps", lambda: False)
-    for _ in range(3):
-        gpu.measure(torch.randn(4, 8, 6, 6))
+    x = torch.randn(4, 8, 6, 6)
+    for _ in range(2):
+        gpu.measure(x)
+    _, grid, arguments, warps = stand.compiled[0]
+    called = launch.PublicCall("measure", warps)
+    called.run(*grid, 1, 7, called.function, called.packed_metadata, None, None, None, *arguments)
+    assert stand.compiled[2] == ("measure", (*grid, 1), arguments, warps)
     assert (len(stand.compiled), stand.runs) == (3, [])
 
 

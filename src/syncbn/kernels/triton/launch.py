@@ -8,10 +8,9 @@ in less than half of that, by a call that is private to Triton: with other versi
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from functools import cache
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -90,56 +89,43 @@ def processors(index: int) -> int:
     return int(torch.cuda.get_device_properties(index).multi_processor_count)
 
 
-def launch(
-    name: str,
-    grid: tuple[int, int],
-    tensors: tuple[Tensor | None, ...],
-    numbers: tuple[float, ...],
-    constants: tuple[Any, ...],
-    *,
-    warps: int,
-    large: bool,
-) -> None:
-    """Start a kernel on the device of its first tensor, on the current stream.
+class Arguments(NamedTuple):
+    """Of a kernel, in this order; the first tensor says on which device it runs."""
 
-    Its parameters are tensors, then numbers, then constants. large: whether its tensors are past
-    plan.LARGE bytes.
-    """
-    device = tensors[0].get_device()  # type: ignore[union-attr]
+    tensors: tuple[Tensor | None, ...]
+    numbers: tuple[float, ...]
+    constants: tuple[Any, ...]
+
+
+def launch(
+    name: str, arguments: Arguments, *, grid: tuple[int, int], warps: int, large: bool
+) -> None:
+    """Start a kernel on its device's current stream. large: tensors past plan.LARGE bytes."""
+    device = arguments.tensors[0].get_device()  # type: ignore[union-attr]
     if device >= 0 and device != torch._C._cuda_getDevice():
         with torch.cuda.device(device):
-            _start(name, grid, tensors, numbers, constants, warps, large, device)
+            _start(name, arguments, device, grid=grid, warps=warps, large=large)
     else:
-        _start(name, grid, tensors, numbers, constants, warps, large, device)
+        _start(name, arguments, device, grid=grid, warps=warps, large=large)
 
 
 def _start(
     name: str,
+    arguments: Arguments,
+    device: int,
+    *,
     grid: tuple[int, int],
-    tensors: tuple[Tensor | None, ...],
-    numbers: tuple[float, ...],
-    constants: tuple[Any, ...],
     warps: int,
     large: bool,
-    device: int,
 ) -> None:
+    tensors, numbers, constants = arguments
+    # All that Triton compiles for: tests/kernels/test_triton_launch.py compares.
     kinds = [None if tensor is None else tensor.dtype for tensor in tensors]
     places = [t.data_ptr() % 16 for t in tensors[:ALIGNED] if t is not None]
     key = (name, device, large, warps, *constants, *kinds, *places)
     kept = _kept.get(key)
     if kept is None:
-        if _is_capturing(device):
-            raise RuntimeError(
-                f"sync_batch_norm: expected kernels that are loaded before a CUDA graph is "
-                f"captured, got the first {name} of tensors of this kind in the middle of one; run "
-                "the model once before capture, forward and backward, with tensors of the same "
-                "shapes and dtypes"
-            )
-        compiled = kernel(name)[grid](*tensors, *numbers, *constants, num_warps=warps)
-        if _keeps() and compiled is not None:
-            _kept[key] = compiled
-        elif device >= 0:
-            _kept[key] = _public(name, warps)
+        _kept_from(key, name, arguments, grid=grid, warps=warps)
         return
     stream = torch._C._cuda_getCurrentRawStream(device)
     kept.run(
@@ -148,17 +134,35 @@ def _start(
     )
 
 
-class _public:
-    """A kernel of a version that was not tried: to look at a kept one, but called publicly."""
+def _kept_from(
+    key: tuple[Any, ...], name: str, arguments: Arguments, *, grid: tuple[int, int], warps: int
+) -> None:
+    """Start a kernel for the first time, by Triton's own call, and keep what that compiled."""
+    tensors, numbers, constants = arguments
+    device = key[1]
+    if _is_capturing(device):
+        raise RuntimeError(
+            "sync_batch_norm: expected kernels that are loaded before a CUDA graph is captured, "
+            f"got the first {name} of tensors of this kind in the middle of one; run the model "
+            "once before capture, forward and backward, with tensors of the same shapes and dtypes"
+        )
+    compiled = kernel(name)[grid](*tensors, *numbers, *constants, num_warps=warps)
+    if _keeps():
+        _kept[key] = compiled
+    elif device >= 0:
+        _kept[key] = PublicCall(name, warps)
+
+
+class PublicCall:
+    """Triton's own call in the form of a kept kernel, for versions that were not tried."""
 
     function = packed_metadata = None
 
     def __init__(self, name: str, warps: int) -> None:
-        self.start: Callable[..., Any] = kernel(name)
-        self.warps = warps
+        self.kernel, self.warps = kernel(name), warps
 
     def run(self, x: int, y: int, z: int, *rest: Any) -> None:
-        self.start[(x, y, z)](*rest[6:], num_warps=self.warps)  # type: ignore[index]
+        self.kernel[(x, y, z)](*rest[6:], num_warps=self.warps)
 
 
 def _is_capturing(device: int) -> bool:

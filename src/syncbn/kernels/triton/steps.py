@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..interface import Affine, Running
-from .launch import dtypes, launch, meeting_place
+from .launch import Arguments, dtypes, launch, meeting_place
 from .plan import Plan, ceil, power_of_two
 
 MOST_SETS = 64  # that normalise merges; of more one launch makes one
@@ -66,15 +66,10 @@ def merge_sets(sets: Tensor) -> Tensor:
     packed = sets.new_empty((1, sets.shape[1]))
     most, block = _MERGE_SETS
     width = min(power_of_two(channels), most)
-    launch(
-        "merge_sets",
-        (ceil(channels, width), 1),
-        (sets, packed),
-        (sets.stride(0), len(sets), channels),
-        (width, block, False),
-        warps=4,
-        large=False,
-    )
+    numbers = (sets.stride(0), sets.shape[0], channels)
+    arguments = Arguments((sets, packed), numbers, (width, block, False))
+    grid = (ceil(channels, width), 1)
+    launch("merge_sets", arguments, grid=grid, warps=4, large=False)
     return packed
 
 
@@ -117,7 +112,5 @@ def _launch(
     x = tensors[0]
     assert x is not None
     shape = (plan.unit, plan.rows, plan.width, plan.last, dtypes(x.dtype))
-
-    launch(
-        name, plan.grid, tensors, numbers, (*shape, *constants), warps=plan.warps, large=plan.large
-    )
+    arguments = Arguments(tensors, numbers, (*shape, *constants))
+    launch(name, arguments, grid=plan.grid, warps=plan.warps, large=plan.large)
