@@ -87,6 +87,19 @@ def test_the_four_steps_equal_the_oracle(shape, dtype):
         oracle.assert_close(invstd, (expected.var + 1e-5).rsqrt(), **wide(dtype))
 
 
+@pytest.mark.parametrize("offset", [1e4, 1e6])
+@pytest.mark.parametrize("shape", [(40, 3), (5, 2, 7, 5)], ids=str)
+def test_a_mean_far_from_zero(shape, offset):
+    """float32 does not hold the mean: what it lacks is made up for in every step."""
+    x, dy, weight, bias = batch(shape, offset=offset)
+    y, dx, sums, *_ = whole_step(gpu, x, dy, weight, bias, 2)
+    expected = oracle.batch_norm(x, dy, weight, bias)
+    oracle.assert_close(y, expected.y, factor=4)
+    oracle.assert_close(dx, expected.dx, factor=10)
+    oracle.assert_close(sums[0], expected.dbias, dtype=torch.float32, factor=10)
+    oracle.assert_close(sums[1], expected.dweight, dtype=torch.float32, factor=10)
+
+
 @pytest.mark.parametrize("shape", [(5, 2, 7, 5), (40, 6)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("parameters", [(True, False), (False, True), (False, False)], ids=str)
