@@ -189,7 +189,7 @@ def pair():
             "gradient_sums: expected mean contiguous",
         ),
     ],
-    ids=str,
+    ids=["x", "integers", "sets", "floats", "parameters", "counter", "dy", "mean"],
 )
 def test_memory_is_not_read_before_it_is_seen_to_be_fit(stand, call, said):
     with pytest.raises(RuntimeError, match=said):
