@@ -25,13 +25,14 @@ from pathlib import Path
 import click
 import torch
 import torch.distributed as dist
-from layer import group_over_gloo, interleaved, join_gloo, run_ranks, summary
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from layer import group_over_gloo, join_gloo, run_ranks
 from syncbn.comm import MPI, Communicator, SharedMemory, resolve, threads
 from syncbn.comm.memory import unavailable
+from timing import interleaved, summary
 
 IN_A_ROW = 20
 Rows = dict[str, tuple[float, ...]]

@@ -30,22 +30,21 @@ from typing import Any
 import click
 import torch
 import torch.distributed as dist
+from torch import Tensor, nn
+
+import syncbn
 from cpu_picture import draw, environment, report, shown
 from layer import (
     LAYOUTS,
     SHAPES,
     NaiveSyncBatchNorm,
     group_over_gloo,
-    interleaved,
     join_gloo,
     run_ranks,
     step,
-    summary,
 )
-from torch import Tensor, nn
-
-import syncbn
 from syncbn.comm.memory import unavailable
+from timing import interleaved, summary
 
 FEATURES = (4096, 256)
 SMALL = ((32, 256), (256, 64), (16, 128, 500), (1, 16, 256, 256), (1, 3, 512, 512))

@@ -14,9 +14,7 @@ from __future__ import annotations
 import json
 import os
 import platform
-import statistics
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -32,6 +30,7 @@ from torch import Tensor, nn
 
 import syncbn
 from syncbn.launch import Worker, launch
+from timing import interleaved, summary
 
 SHAPES = ((2, 64, 128, 128), (2, 256, 56, 56), (4, 512, 28, 28), (8, 2048, 7, 7))
 PASSES = ("forward", "fwd+bwd")
@@ -127,26 +126,6 @@ def step(layer: nn.Module, x: Tensor, dy: Tensor, pass_: str) -> Callable[[], No
             y.backward(dy)
 
     return run
-
-
-def interleaved(steps: dict[str, Callable[[], None]], rounds: int) -> dict[str, list[float]]:
-    """Seconds per call of every step, in turn; the first two rounds warm up and don't count."""
-    times: dict[str, list[float]] = {name: [] for name in steps}
-    for _ in range(rounds + 2):
-        for name, run in steps.items():
-            if dist.is_initialized():
-                dist.barrier()
-            start = time.perf_counter()
-            run()
-            times[name].append(time.perf_counter() - start)
-    return {name: values[2:] for name, values in times.items()}
-
-
-def summary(times: list[float], peer: list[float]) -> tuple[float, float, float]:
-    """Median and half the interquartile distance in ms, and the median ratio to the peer."""
-    low, middle, high = statistics.quantiles(times, n=4)
-    ratio = statistics.median(a / b for a, b in zip(times, peer, strict=True))
-    return middle * 1e3, (high - low) / 2 * 1e3, ratio
 
 
 def run_rank(rank: int, task: tuple[int, Setting], folder: Path, _: object) -> list[Row]:

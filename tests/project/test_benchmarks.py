@@ -6,8 +6,8 @@ import json
 
 import pytest
 import torch
-from benchmarks import layer
 
+import layer
 from support.paths import ROOT
 from support.scripts import Ended, execute
 

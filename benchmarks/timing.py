@@ -1,0 +1,103 @@
+"""How the benchmarks take times: what is compared runs in turn, round after round."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+Steps = dict[str, Callable[[], Any]]
+
+WARM_UP = 2  # rounds that don't count
+_MOST_CYCLES = 2**28  # about a tenth of a second
+
+
+def summary(times: list[float], peer: list[float]) -> tuple[float, float, float]:
+    """Median and half the interquartile distance in ms, and the median ratio to the peer."""
+    low, middle, high = statistics.quantiles(times, n=4)
+    ratio = statistics.median(a / b for a, b in zip(times, peer, strict=True))
+    return middle * 1e3, (high - low) / 2 * 1e3, ratio
+
+
+def interleaved(steps: Steps, rounds: int) -> dict[str, list[float]]:
+    """Seconds per call of every step, in turn; the first rounds warm up and don't count."""
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    for _ in range(rounds + WARM_UP):
+        for name, run in steps.items():
+            if dist.is_initialized():
+                dist.barrier()
+            start = time.perf_counter()
+            run()
+            times[name].append(time.perf_counter() - start)
+    return {name: values[WARM_UP:] for name, values in times.items()}
+
+
+def device_times(steps: Steps, rounds: int, device: torch.device) -> dict[str, list[float]]:
+    """Seconds on the device, without the host's; on the CPU those of :func:`interleaved`.
+
+    While a round is queued the device spins, so that the calls run one right after another. The
+    order turns from round to round: each step follows every other one equally often.
+    """
+    if device.type != "cuda":
+        return interleaved(steps, rounds)
+    for run in steps.values():
+        run()  # which may compile
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    cycles, done = 2**20, 0
+    while done < rounds + WARM_UP:
+        turn = done % len(steps)
+        names = [*list(steps)[turn:], *list(steps)[:turn]]
+        events, late = _round((steps[name] for name in names), cycles)
+        if late and cycles < _MOST_CYCLES:
+            cycles *= 2
+            continue
+        for name, (start, end) in zip(names, events, strict=True):
+            times[name].append(start.elapsed_time(end) * 1e-3)
+        done += 1
+    return {name: values[WARM_UP:] for name, values in times.items()}
+
+
+def _round(runs: Iterable[Callable[[], Any]], cycles: int) -> tuple[list[tuple[Any, Any]], bool]:
+    """The events before and after every run, and whether the device spun too short."""
+    events, spun = [], torch.cuda.Event()
+    torch.cuda.synchronize()
+    torch.cuda._sleep(cycles)
+    spun.record()
+    for run in runs:
+        pair = tuple(torch.cuda.Event(enable_timing=True) for _ in range(2))
+        pair[0].record()
+        run()
+        pair[1].record()
+        events.append(pair)
+    late = spun.query()
+    torch.cuda.synchronize()
+    return events, late
+
+
+def host_times(
+    steps: Steps, rounds: int, device: torch.device, calls: int
+) -> dict[str, list[float]]:
+    """Seconds of host time per call, of calls one after another that nobody waits for.
+
+    On the CPU, where the host does the work, that is all of it.
+    """
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    for _ in range(rounds + 1):
+        for name, run in steps.items():
+            finish(device)
+            start = time.perf_counter()
+            for _ in range(calls):
+                run()
+            times[name].append((time.perf_counter() - start) / calls)
+    finish(device)
+    return {name: values[1:] for name, values in times.items()}
+
+
+def finish(device: torch.device) -> None:
+    """Wait for the device."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
