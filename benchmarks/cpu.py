@@ -33,7 +33,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 import syncbn
-from cpu_picture import draw, environment, report, shown
+from cpu_picture import draw, environment, report
 from layer import (
     LAYOUTS,
     SHAPES,
@@ -44,6 +44,7 @@ from layer import (
     step,
 )
 from syncbn.comm.memory import unavailable
+from tabular import shown
 from timing import interleaved, summary
 
 FEATURES = (4096, 256)

@@ -1,4 +1,4 @@
-"""What cpu.py shows: the environment, tables, and the picture of the ratios."""
+"""What cpu.py shows: the environment, tables, and the picture of ratios, gpu_speed.py's too."""
 
 from __future__ import annotations
 
@@ -12,29 +12,43 @@ import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullLocator
-from rich.console import Console
-from rich.table import Table
 
 import syncbn
+from tabular import print_table
 
 COLOURS = {"forward": "#0072B2", "backward": "#E69F00"}  # Okabe & Ito's
 HEIGHT = 0.38
 
 
 def draw(rows: list[dict[str, Any]], environment: str, path: Path) -> None:
-    """A panel per number of threads, in it two bars per tensor."""
-    threads = sorted({row["threads"] for row in rows})
+    """A panel per number of threads."""
+    panels: dict[str, list[dict[str, Any]]] = {}
+    for row in sorted(rows, key=lambda row: row["threads"]):
+        count = row["threads"]
+        panels.setdefault(f"{count} thread{'s' * (count > 1)}", []).append(row)
+    draw_panels(panels, finding(rows), environment, path)
+
+
+def draw_panels(
+    rows_of: dict[str, list[dict[str, Any]]],
+    finding: str,
+    environment: str,
+    path: Path,
+    peer: str = "torch.nn.BatchNorm",
+) -> None:
+    """A panel for each name, in it two bars per tensor."""
+    rows = [row for each in rows_of.values() for row in each]
     places, groups = placed(rows)
-    size = (3 + 4.2 * len(threads), 1.9 + 0.29 * max(places.values()))
+    size = (3 + 4.2 * len(rows_of), 1.9 + 0.29 * max(places.values()))
     figure = Figure(figsize=size, dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
-    panels = figure.subplots(1, len(threads), sharex=True, sharey=True, squeeze=False)[0]
-    for count, axes in zip(threads, panels, strict=True):
-        for row in (row for row in rows if row["threads"] == count):
+    panels = figure.subplots(1, len(rows_of), sharex=True, sharey=True, squeeze=False)[0]
+    for (name, own), axes in zip(rows_of.items(), panels, strict=True):
+        for row in own:
             bar(axes, row, places[tensor(row)])
         axes.axvline(1, color="black", linewidth=1)
-        axes.set_title(f"{count} thread{'s' * (count > 1)}", fontsize=10)
-        axes.set_xlabel("time of torch.nn.BatchNorm / time of syncbn (×, log scale)")
+        axes.set_title(name, fontsize=10)
+        axes.set_xlabel(f"time of {peer} / time of syncbn (×, log scale)")
         axes.grid(axis="x", color="0.92")
         axes.set_axisbelow(True)
         axes.spines[["top", "right", "left"]].set_visible(False)
@@ -56,7 +70,7 @@ def draw(rows: list[dict[str, Any]], environment: str, path: Path) -> None:
     handles, labels = first.get_legend_handles_labels()
     shown = dict(zip(labels, handles, strict=True))
     figure.legend(shown.values(), shown, loc="outside lower center", ncols=3, frameon=False)
-    figure.suptitle(f"{finding(rows)}\n", fontsize=12, x=0.01, ha="left")
+    figure.suptitle(f"{finding}\n", fontsize=12, x=0.01, ha="left")
     figure.text(0.01, 0.965, environment, fontsize=7, color="0.4", va="top")
     figure.savefig(path)
 
@@ -102,23 +116,8 @@ def environment(what: str) -> str:
     return f"{what}; {versions}, Python {platform.python_version()}, {machine}"
 
 
-def shown(value: Any) -> str:
-    if isinstance(value, (tuple, list)):
-        floats = isinstance(value[0], float)
-        return " ± ".join(map(shown, value)) if floats else "×".join(map(str, value))
-    if not isinstance(value, float):
-        return str(value)
-    return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.3g}"
-
-
 def report(title: str, what: str, rows: list[dict[str, Any]], as_json: bool) -> None:
     if as_json:
         json.dump({"environment": environment(what), "rows": rows}, sys.stdout, indent=1)
         return
-    table = Table(title=title, caption=environment(what))
-    for key in rows[0]:
-        heading = key.replace("_us", " µs").replace("_over_", " / ").replace("_", " ")
-        table.add_column(heading, justify="right", no_wrap=True)
-    for row in rows:
-        table.add_row(*map(shown, row.values()))
-    Console(width=None if sys.stdout.isatty() else 150).print(table)
+    print_table(title, environment(what), rows)

@@ -1,4 +1,4 @@
-"""What benchmarks/gpu_check.py and benchmarks/cuda.py do; they need torch alone, and Triton.
+"""What benchmarks/gpu_check.py and benchmarks/gpu_speed.py do; they need torch alone, and Triton.
 
 machine.py    where it runs: a GPU, or the CPU in a rehearsal
 sections.py   sections with budgets, each of which catches its own failure
