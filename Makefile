@@ -5,7 +5,7 @@ READY := .venv/.ready
 
 WHEEL := build/wheel
 
-.PHONY: setup demo test test-all test-composite test-kernels test-native test-compilers test-aarch64 test-wheel coverage mutants lint format bench-toy clean
+.PHONY: setup demo test test-all test-composite test-kernels test-native test-compilers test-aarch64 test-wheel coverage mutants lint format bench-toy gpu-check clean
 
 setup: $(READY)
 
@@ -132,6 +132,13 @@ bench-toy: $(READY)
 	$(BIN)/python benchmarks/cpu.py --quick
 	$(BIN)/python benchmarks/cpu.py ranks --quick
 	$(BIN)/python benchmarks/cpu_compilers.py --quick
+	$(BIN)/python benchmarks/gpu_speed.py --quick --rounds 2
+	$(BIN)/python benchmarks/gpu_check.py --rehearse
+
+# What a GPU alone can show, in five minutes; make gpu-check REHEARSE=1 goes as far on the CPU. It
+# needs torch and Triton alone: without .venv, where torch knows the GPU, PYTHON's are taken.
+gpu-check:
+	PYTHONPATH=src $(if $(wildcard $(READY)),$(BIN)/python,$(PYTHON)) benchmarks/gpu_check.py $(if $(REHEARSE),--rehearse)
 
 clean:
 	rm -rf .venv build dist src/*.egg-info src/syncbn/*.so src/syncbn/libsyncbn.txt .pytest_cache .mypy_cache .ruff_cache .hypothesis

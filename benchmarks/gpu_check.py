@@ -68,9 +68,9 @@ def describe(machine: Machine) -> Result:
     found["copy_bytes_per_second"] = copy_bandwidth(machine)
     if machine.is_gpu and found["kernels"] != "triton":
         raise AssertionError(f"tensors here train on {found['kernels']}: {found['triton']}")
-    shown = [f"{name} {found[name]}" for name in ("torch", "kernels", "triton")]
+    versions = f"torch {found['torch']}, {found['kernels']} kernels"
     copied = f"copies {found['copy_bytes_per_second'] / GIGABYTE:.0f} GB/s"
-    return Result(", ".join([found["device"], *shown, copied]), found)
+    return Result(f"{found['device']}, {versions}, {copied}", found)
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:

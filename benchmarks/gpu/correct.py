@@ -20,7 +20,8 @@ ROUNDING = {
     torch.float16: 2e-3,
     torch.bfloat16: 1.2e-2,
 }
-ROOM = {"y": 4, "dx": 10, "mean": 1, "invstd": 1, "dweight": 20, "dbias": 20}
+ROOM = {"y": 4, "dx": 10, "mean": 1, "invstd": 1, "dweight": 20, "dbias": 20}  # roundings
+RUNNING = ("running_mean", "running_var")  # float32, whatever the input is
 EXACT = 1e-6  # statistics and sums, of their largest or of the deviation
 RUNS = 5  # that must give the same bits
 HALVES = (torch.float16, torch.bfloat16)
@@ -103,9 +104,8 @@ def compare(case: Case, batch: Batch, found: dict[str, Tensor]) -> dict[str, flo
         scale = expected[kind].abs().max()
         if kind == "mean":
             scale = (expected["invstd"] ** -2 - EPS).clamp_min(0).sqrt().max()
-        allowed = ROOM[kind] * (rounding if kind in ("y", "dx") else exact)
-        if kind.startswith("running"):  # float32, whatever x is
-            allowed = EXACT
+        each = rounding if kind in ("y", "dx") else exact
+        allowed = EXACT if kind in RUNNING else ROOM[kind] * each
         errors[name] = relative(result, expected[kind], float(scale)) / allowed
     return errors
 

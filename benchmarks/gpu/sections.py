@@ -94,7 +94,7 @@ def run_section(section: Section, machine: Machine, left: float) -> Outcome:
         outcome.state, outcome.line = "skip", str(reason)
     except Overrun:
         outcome.state = "skip" if left < section.seconds else "FAIL"
-        outcome.line = f"not done within {seconds:.0f} s"
+        outcome.line = f"not done within {seconds:.3g} s"
     except Exception as error:
         text = " ".join(str(error).split())
         outcome.state, outcome.line = "FAIL", f"{type(error).__name__}: {text[:_WORDS]}"
