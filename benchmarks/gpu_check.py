@@ -12,6 +12,7 @@ It needs torch, and Triton, which comes with it; nothing else.
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import importlib.util
 import os
 import shlex
@@ -28,7 +29,7 @@ SOURCE = Path(__file__).parents[1] / "src"
 
 def rehearse_on_the_cpu() -> None:
     """The kernels of a GPU run in Triton's interpreter: said before Triton is imported."""
-    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    os.environ |= {"CUDA_VISIBLE_DEVICES": "", "HIP_VISIBLE_DEVICES": ""}
     if importlib.util.find_spec("triton"):
         os.environ.setdefault("TRITON_INTERPRET", "1")
         os.environ.setdefault("SYNCBN_KERNELS", "triton")
@@ -48,6 +49,7 @@ def make_sections() -> list[Section]:
         Section("compile", 90, compile_all),
         Section("steps", 60, correct.check_steps),
         Section("huge", 20, correct.check_huge),
+        Section("tests", 60, tools.run_tests),
         Section("waits", 30, waits.check_waits),
         Section("graphs", 30, waits.check_graphs),
         Section("nccl", 45, training.over_nccl),
@@ -96,7 +98,7 @@ def main(arguments: list[str]) -> int:
     if importlib.util.find_spec("syncbn") is None:
         sys.path.insert(0, str(SOURCE))
     from gpu.machine import find_machine
-    from gpu.sections import Report, run_sections
+    from gpu.sections import WHOLE, Report, run_sections
 
     machine = find_machine(options.toy)
     if not (machine.is_gpu or options.rehearse):
@@ -111,7 +113,11 @@ def main(arguments: list[str]) -> int:
             return 2
     wanted = [each for each in sections if each.name in (options.only or names)]
     report = Report(shlex.join(["gpu_check.py", *arguments]), place_of_details(options.json))
+    # A call of the driver that never returns hears no signal.
+    if machine.is_gpu:
+        faulthandler.dump_traceback_later(WHOLE + 30, exit=True)
     run_sections(wanted, machine, report)
+    faulthandler.cancel_dump_traceback_later()
     return 1 if report.failed else 0
 
 

@@ -8,6 +8,6 @@ correct.py    the steps against float64, and the same bits in every run
 networks.py   a small network and its training step; training.py, that over ranks with DDP
 waits.py      no step waits for the device; CUDA graphs replay what eager does
 peer.py       the second of two ranks, in this one
-tools.py      compute-sanitizer
+tools.py      the project's tests of the kernels; compute-sanitizer
 speed.py      times on the device and on the host, compiled blocks
 """

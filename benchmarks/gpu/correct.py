@@ -25,7 +25,11 @@ RUNNING = ("running_mean", "running_var")  # float32, whatever the input is
 EXACT = 1e-6  # statistics and sums, of their largest or of the deviation
 RUNS = 5  # that must give the same bits
 HALVES = (torch.float16, torch.bfloat16)
-TOYS = (Case((2, 3, 4, 5)), Case((4, 3), torch.bfloat16), Case((3, 2, 3, 2), ratio=1e4))
+TOYS = (
+    Case((2, 3, 4, 5)),
+    Case((2, 5, 3, 4), torch.bfloat16, "channels_last"),
+    Case((3, 2, 3, 2), ratio=1e4),
+)
 SHAPES = (
     *((7, 3), (4096, 3), (300, 1000), (6, 4, 33), (2, 3, 9, 11), (2, 3, 4, 3, 2), (3, 70, 1, 1)),
     *((64, 1, 33, 17), (0, 3, 4, 4), (4, 2048, 7, 7), (8, 64, 56, 56), (2, 16, 256, 256)),

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, NoReturn
 from .machine import Machine
 
 WHOLE = 300  # seconds that a run may take
+_PATIENCE = 5
 _WORDS = 400  # characters of an error that a line shows
 
 
@@ -72,7 +73,13 @@ class Report:
 def run_sections(
     sections: Sequence[Section], machine: Machine, report: Report, whole: float = WHOLE
 ) -> None:
-    """All of them in turn, whatever happens to any; those that no time is left for are skipped."""
+    """All of them in turn, whatever happens to any; those that no time is left for are skipped.
+
+    The times are those of a GPU: a CPU, which others share perhaps, has much more.
+    """
+    if not machine.is_gpu:
+        whole *= _PATIENCE
+        sections = [each._replace(seconds=_PATIENCE * each.seconds) for each in sections]
     began = time.monotonic()
     for section in sections:
         left = whole - (time.monotonic() - began)
@@ -96,12 +103,19 @@ def run_section(section: Section, machine: Machine, left: float) -> Outcome:
         outcome.state = "skip" if left < section.seconds else "FAIL"
         outcome.line = f"not done within {seconds:.3g} s"
     except Exception as error:
-        text = " ".join(str(error).split())
-        outcome.state, outcome.line = "FAIL", f"{type(error).__name__}: {text[:_WORDS]}"
+        outcome.state, outcome.line = "FAIL", f"{type(error).__name__}: {_in_a_line(str(error))}"
         outcome.data = traceback.format_exc()
     outcome.seconds = round(time.monotonic() - start, 1)
     outcome.line += f" ({outcome.seconds:g} s)"
     return outcome
+
+
+def _in_a_line(text: str) -> str:
+    """The beginning, and of a rank's traceback the last line, which has the error."""
+    lines = text.strip().splitlines() or [""]
+    if "Traceback" in text:
+        return f"{lines[0]} {lines[-1]}"[:_WORDS]
+    return " ".join(text.split())[:_WORDS]
 
 
 @contextmanager

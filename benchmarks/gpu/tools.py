@@ -1,19 +1,46 @@
-"""NVIDIA's compute-sanitizer over the steps on small tensors."""
+"""Other programs: the project's own tests, and NVIDIA's compute-sanitizer on small tensors."""
 
 from __future__ import annotations
 
+import importlib.util
+import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
-from .machine import Machine
+from .machine import Machine, kernels_of
 from .sections import Result, Skipped
 
+_ROOT = Path(__file__).parents[2]
 TOOLS = ("memcheck", "racecheck")
 _PLACES = ("/usr/local/cuda/bin", "/opt/cuda/bin")
 _SECONDS = 38  # of each
 _CODE = 86  # of what finds something
+
+
+def run_tests(machine: Machine) -> Result:
+    """The tests of the kernels, whose tensors go to the device; in a rehearsal a few of them."""
+    needed = ("pytest", "hypothesis", "numpy")
+    missing = [name for name in needed if importlib.util.find_spec(name) is None]
+    if missing:
+        raise Skipped(f"{' and '.join(missing)} not installed")
+    name = kernels_of(machine)
+    wanted = name if machine.is_gpu else f"{name} and packed"
+    options = ["-p", "no:cacheprovider", "-x", "-k", wanted, "tests/kernels/test_kernels.py"]
+    ended = subprocess.run(
+        [sys.executable, "-m", "pytest", *options],
+        cwd=_ROOT,
+        env=os.environ | {"SYNCBN_TEST_DEVICE": machine.device.type},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    lines = ended.stdout.strip().splitlines() or [""]
+    if ended.returncode:
+        errors = [line for line in lines if line.startswith(("E  ", "FAILED", "ERROR"))]
+        raise AssertionError(f"{' '.join(errors)[:300]} {lines[-1]} {ended.stderr[-200:]}")
+    return Result(f"tests/kernels/test_kernels.py -k '{wanted}': {lines[-1]}")
 
 
 def check_with_sanitizer(machine: Machine) -> Result:

@@ -68,9 +68,24 @@ def _failures_under_ddp(machine: Machine) -> list[str]:
             if _failures("torch", machine, parallel(plain, broadcast_buffers=False), 4):
                 return []
             model = parallel(syncbn.convert(ours), broadcast_buffers=False)
-            return _failures("DDP over NCCL", machine, model, 4)
+            return _failures("DDP over NCCL", machine, model, 4) + _failures_of_messages(machine)
         finally:
             dist.destroy_process_group()
+
+
+def _failures_of_messages(machine: Machine) -> list[str]:
+    """What a layer sends over ranks, among the one rank of NCCL's group."""
+    comm = syncbn.comm.resolve(dist.group.WORLD)
+    tensor = torch.arange(9.0, dtype=torch.float64, device=machine.device)
+    for send in (comm.all_gather, comm.all_reduce):
+        send(tensor)  # the first makes a group
+        try:
+            with _refusing_waits(machine):
+                found = send(tensor)
+            torch.testing.assert_close(found.view(-1), tensor, rtol=0, atol=0)
+        except Exception as error:
+            return [f"{send.__name__} over NCCL: {type(error).__name__}: {str(error)[:200]}"]
+    return []
 
 
 @contextmanager

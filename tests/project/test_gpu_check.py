@@ -47,7 +47,7 @@ def test_a_whole_rehearsal(tmp_path):
     assert list(states) == NAMES
     assert len(ended.stdout.splitlines()) == len(NAMES)
     ran = {name for name, state in states.items() if state == "ok"}
-    assert ran == {"environment", "steps", "gloo", "speed", "host", "compiled"}
+    assert ran == {"environment", "steps", "gloo", "speed", "host", "compiled", "tests"}
     details = json.loads((tmp_path / "gpu-check.json").read_text())
     assert [section["name"] for section in details["sections"]] == NAMES
 
@@ -87,7 +87,7 @@ def works(machine: Machine) -> Result:
 
 
 def sections_of(*runs) -> list[Section]:
-    return [Section(run.__name__, 0.2 if run is lasts else 20, run) for run in runs]
+    return [Section(run.__name__, 0.1 if run is lasts else 20, run) for run in runs]
 
 
 def test_the_others_run_after_a_failure(tmp_path, capsys):
@@ -97,7 +97,7 @@ def test_the_others_run_after_a_failure(tmp_path, capsys):
     assert said == [
         ("FAIL", "fails", "ValueError: of two lines"),
         ("skip", "skips", "no reason"),
-        ("FAIL", "lasts", "not done within 0.2 s"),
+        ("FAIL", "lasts", "not done within 0.5 s"),
         ("ok", "works", "figures"),
     ]
     details = json.loads((tmp_path / "details.json").read_text())
