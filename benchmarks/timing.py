@@ -63,16 +63,17 @@ def device_times(steps: Steps, rounds: int, device: torch.device) -> dict[str, l
 
 def _round(runs: Iterable[Callable[[], Any]], cycles: int) -> tuple[list[tuple[Any, Any]], bool]:
     """The events before and after every run, and whether the device spun too short."""
-    events, spun = [], torch.cuda.Event()
+    events: list[tuple[Any, Any]] = []
+    spun = torch.cuda.Event()
     torch.cuda.synchronize()
     torch.cuda._sleep(cycles)
     spun.record()
     for run in runs:
-        pair = tuple(torch.cuda.Event(enable_timing=True) for _ in range(2))
-        pair[0].record()
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
         run()
-        pair[1].record()
-        events.append(pair)
+        end.record()
+        events.append((start, end))
     late = spun.query()
     torch.cuda.synchronize()
     return events, late

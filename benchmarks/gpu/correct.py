@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -83,7 +84,8 @@ def run_steps(batch: Batch) -> dict[str, Tensor]:
     dx, dweight, dbias = gradients(k, batch, found, sums)
     results = {"y": y, "dx": dx, "dweight": dweight, "dbias": dbias}
     results |= {"mean": found.mean, "invstd": found.invstd}
-    results |= {"running_mean": running.mean, "running_var": running.var}
+    moved = zip(RUNNING, running[:2], strict=True)
+    results |= {name: tensor for name, tensor in moved if tensor is not None}
     if k.fused is not None and x.numel():
         y, saved = k.fused.batch_norm(x, affine=affine, running=batch.running(), eps=EPS)
         alone = (y, *k.fused.batch_norm_backward(batch.dy, x, affine=affine, saved=saved))
@@ -159,10 +161,10 @@ def check_huge(machine: Machine) -> Result:
     k, c = select_kernels(x), HUGE[1]
     packed = k.steps.measure(x)
     n = x.numel() // c
-    mean = torch.stack([sum(x[i, j].double().sum() for i in range(len(x))) / n for j in range(c)])
-    m2 = torch.stack(
-        [sum((x[i, j].double() - mean[j]).square().sum() for i in range(len(x))) for j in range(c)]
-    )
+    planes = [[x[i, j] for i in range(len(x))] for j in range(c)]
+    mean = torch.stack([_total(p.double() for p in each) / n for each in planes])
+    centred = [(p.double() - m for p in each) for each, m in zip(planes, mean, strict=True)]
+    m2 = torch.stack([_total(p.square() for p in each) for each in centred])
     torch.testing.assert_close(packed[1 : 1 + c], mean, rtol=0, atol=EXACT)
     torch.testing.assert_close(packed[1 + c :], m2, rtol=EXACT, atol=0)
     y, found = k.steps.normalise(x, packed.unsqueeze(0), running=Running(), eps=EPS)
@@ -172,6 +174,11 @@ def check_huge(machine: Machine) -> Result:
     dx = k.steps.input_gradient(y, x, weight=None, statistics=found, sums=sums)
     assert float(dx[-1, -1].abs().max()) < 0.1, "the gradient of y by itself is not zero"
     return Result(f"{x.numel():,} values of bfloat16")
+
+
+def _total(planes: Iterable[Tensor]) -> Tensor:
+    """Of all values; one plane at a time is in memory."""
+    return torch.stack([plane.sum() for plane in planes]).sum()
 
 
 def _check_last_plane(x: Tensor, y: Tensor, found: Statistics) -> None:

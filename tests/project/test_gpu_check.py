@@ -16,7 +16,7 @@ from gpu import correct
 from gpu.machine import Machine, find_machine
 from gpu.sections import Report, Result, Section, Skipped, run_sections
 from support.paths import ROOT
-from support.scripts import Ended, execute
+from support.scripts import Ended, execute_anew
 
 SCRIPT = ROOT / "benchmarks/gpu_check.py"
 LINE = re.compile(r"^\[(ok|skip|FAIL)\] (\w+): (.+) \([\d.]+ s\)$", re.MULTILINE)
@@ -24,8 +24,7 @@ NAMES = [section.name for section in gpu_check.make_sections()]
 
 
 def run(*options: str, **environment: str) -> Ended:
-    (ended,) = execute(SCRIPT, *options, timeout=400, **environment)
-    return ended
+    return execute_anew(SCRIPT, *options, timeout=600, **environment)
 
 
 def test_a_rehearsal_of_some_sections(tmp_path):

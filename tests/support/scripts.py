@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import runpy
 import socket
+import subprocess
 import sys
 import tempfile
 import time
@@ -56,6 +57,19 @@ def execute(
             Ended(process.exitcode, *(file.read_text() if file.exists() else "" for file in files))
             for process, files in zip(running, said, strict=True)
         ]
+
+
+def execute_anew(path: Path, *arguments: str, timeout: float, **environment: str) -> Ended:
+    """Run a file in a process that has imported nothing: what is read at imports can be told it."""
+    ended = subprocess.run(
+        [sys.executable, path, *arguments],
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
+    )
+    return Ended(ended.returncode, ended.stdout, ended.stderr)
 
 
 def run_script(path: Path, ranks: int = 1) -> None:
