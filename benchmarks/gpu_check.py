@@ -97,6 +97,8 @@ def main(arguments: list[str]) -> int:
         rehearse_on_the_cpu()
     if importlib.util.find_spec("syncbn") is None:
         sys.path.insert(0, str(SOURCE))
+        paths = [str(SOURCE), *filter(None, [os.environ.get("PYTHONPATH")])]
+        os.environ["PYTHONPATH"] = os.pathsep.join(paths)  # of the programs that sections start
     from gpu.machine import find_machine
     from gpu.sections import WHOLE, Report, run_sections
 
