@@ -115,7 +115,7 @@ def normalise_dense(call: Call) -> Tensor:
     if not mode.tracing:  # a trace would record the checks, with warnings
         momentum = running.momentum
         check_options(0.0 if momentum is None else momentum, options.eps)
-        kernels = find_fused(call)
+        kernels = find_fused(call) if options.training else None
         if kernels is not None:
             # Before the table, and before the checks, which its operators make in no time.
             try:

@@ -24,13 +24,13 @@ from .records import Call
 
 
 def find_fused(call: Call) -> Implementation | None:
-    """The kernels for :func:`normalise_fused`, if there are any and the call is a usual one.
+    """The kernels for :func:`normalise_fused`, if there are any and a call in training is usual.
 
     One running statistic without the other and a single value per channel are left to those who
     have an error for them.
     """
     x, affine, running, options, mode, comm, _ = call
-    if not options.training or options.reproducible or mode.compiling:
+    if options.reproducible or mode.compiling:
         return None
     if (running.mean is None) != (running.var is None):
         return None
