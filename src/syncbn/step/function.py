@@ -34,9 +34,10 @@ def normalise_parts(
     grad_enabled = torch.is_grad_enabled()
     wants_gradient = grad_enabled and any(t is not None and t.requires_grad for t in tensors)
     may = wants_gradient or (grad_enabled and not compiling)
-    own = sum(part.x.numel() // part.x.shape[1] for part in parts)
-    few = NONE if own == 0 else SINGLE if own == 1 else 0
-    flags = (WANTS if wants_gradient else 0) | (MAY if may else 0) | few
+    flags = (WANTS if wants_gradient else 0) | (MAY if may else 0)
+    if not compiling:  # a graph would be made for that number of values alone
+        own = sum(part.x.numel() // part.x.shape[1] for part in parts)
+        flags |= NONE if own == 0 else SINGLE if own == 1 else 0
     # A rank none of whose tensors want a gradient still owes its peers a backward if one of them
     # does. An empty tensor that wants one gives it a graph; forward takes the graph away again
     # when the ranks turn out to agree that nobody needs it. A compiled graph is fixed before.
