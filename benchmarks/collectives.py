@@ -89,7 +89,8 @@ def run_threads(ranks: int, numel: int, rounds: int) -> Rows:
         found = pool.map(
             lambda comm: timed(ways_of("threads", comm, tensor), rounds), threads(ranks)
         )
-        return next(iter(list(found)))
+        rows, *_ = found
+        return rows
 
 
 def run_mpi(ranks: int, numel: int, rounds: int) -> Rows:
@@ -103,7 +104,7 @@ def run_mpi(ranks: int, numel: int, rounds: int) -> Rows:
         job = [mpiexec, "-n", str(ranks), sys.executable, __file__, "--as-mpi-rank", str(result)]
         options = ["--numel", str(numel), "--rounds", str(rounds)]
         own = {"HYDRA_LAUNCHER": "fork", "OMP_NUM_THREADS": "1"}
-        subprocess.run([*job, *options], env=os.environ | own, check=True)
+        subprocess.run([*job, *options], env=os.environ | own, check=True, timeout=600)
         return json.loads(result.read_text())
 
 

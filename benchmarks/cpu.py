@@ -3,7 +3,7 @@
 \b
     python benchmarks/cpu.py layers --picture speed.png   # one process: forward, backward
     python benchmarks/cpu.py ranks                        # over gloo, through shared memory
-    python benchmarks/cpu.py model                        # ResNet-50 under DDP (transformers)
+    python benchmarks/cpu.py model                        # ResNets under DDP (transformers)
     python benchmarks/cpu.py accuracy
 
 What is compared runs in turn in the same processes, round after round. Figures are the median over

@@ -145,7 +145,7 @@ def test_who_says_nothing_agrees_with_all(ranks):
     def step(rank):
         def run():
             layers = model()
-            silent, devices._is_silent = devices._is_silent, lambda: rank == 1
+            silent, devices._is_silent = devices._is_silent, lambda tensor: rank == 1
             try:
                 for _ in range(2):
                     layers["first"](x()).sum().backward()
@@ -266,5 +266,16 @@ def test_a_rank_that_is_one_call_ahead_gets_its_answer(ranks):
                 layers["first"](x())
 
         return on_device(run)
+
+    ranks(2, step)
+
+
+def test_another_word_for_the_comparison_is_refused(ranks):
+    def step(rank):
+        with (
+            mock.patch.dict(os.environ, {devices.VARIABLE: "now"}),
+            pytest.raises(ValueError, match="SYNCBN_COMPARE: expected at_once, got 'now'; leave"),
+        ):
+            on_device(lambda: model()["first"](x()))
 
     ranks(2, step)

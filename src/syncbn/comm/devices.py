@@ -2,11 +2,10 @@
 
 A frame (frames.py) is read before its content is used, which takes the CPU. On a device a few
 numbers travel beside the content instead, and those of all ranks go on to the host's memory. They
-are there by the time of one of the next calls, which raises DesyncError where they differ. At
-the very next one it does so once it has sent its own message, as others may not know yet and wait
-for it. SYNCBN_COMPARE=at_once
-waits for them, to find the first call that differs, on all ranks alike. Layers are compared by the
-names that convert() gave them, or by their numbers.
+are there by the time of one of the next calls, which raises DesyncError where they differ. The very
+next one does so once it has sent its own message, as others may not know yet and wait for it.
+SYNCBN_COMPARE=at_once waits for them, to find the first call that differs, on all ranks alike.
+Layers are compared by the names that convert() gave them, or by their numbers.
 
 A compiled graph and a captured one say nothing of themselves, in as many numbers: ranks that run
 one exchange the same messages as ranks that don't.
@@ -66,7 +65,7 @@ class _Said(NamedTuple):
 def gather(comm: Framed, tensor: Tensor, caller: Caller, flags: int) -> Received:
     """See :meth:`Framed.gather`. flags of the result: a tensor (W,)."""
     wants, content = float(flags & WANTS), tensor.reshape(-1)
-    exact, silent = tensor.dtype == torch.float64, _is_silent()
+    exact, silent = tensor.dtype == torch.float64, _is_silent(tensor)
     words = _WORDS if exact else 1  # other dtypes could not hold a header
     if silent or not exact:
         frame = pad(content, (words, 0), value=wants)
@@ -85,7 +84,7 @@ def reduce(comm: Framed, tensor: Tensor, caller: Caller) -> Tensor:
     size, content = comm.size, tensor.reshape(-1)
     if tensor.dtype != torch.float64 or size > _RANKS:
         return comm._beside(comm._reduce, tensor.clone(), "all_reduce", caller)
-    silent = _is_silent()
+    silent = _is_silent(tensor)
     if silent:
         frame = pad(content, (0, size * _WORDS))
     else:
@@ -172,7 +171,7 @@ class Later:
         if not heads.is_cpu:
             arrived = torch.Event(heads.device)
             arrived.record(torch.accelerator.current_stream(heads.device))
-        at_once = os.environ.get(VARIABLE) == "at_once"
+        at_once = _compares_at_once()
         if not at_once:
             self.compare(comm)
         self._sent.append(_Sent(say.text, say.layer, host, arrived))
@@ -188,11 +187,21 @@ def _on(device: torch.device, numbers: Sequence[float]) -> Tensor:
     return host.pin_memory().to(device, non_blocking=True)
 
 
-def _is_silent() -> bool:
-    """Whether what runs now will run again without this code."""
+def _is_silent(tensor: Tensor) -> bool:
+    """Whether what runs now will run again without this code: in a graph."""
     if torch.compiler.is_compiling():
         return True
-    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
+def _compares_at_once() -> bool:
+    told = os.environ.get(VARIABLE, "")
+    if told not in ("", "at_once"):
+        raise ValueError(
+            f"{VARIABLE}: expected at_once, got {told!r}; leave it unset to compare ranks' calls "
+            "on devices without waiting for them"
+        )
+    return told == "at_once"
 
 
 def _layer(known: int) -> int:

@@ -22,17 +22,7 @@ from torch.utils._mode_utils import no_dispatch
 from . import tracing
 from .base import described
 from .exchanges import DONE, Place
-from .headers import (
-    MAY,
-    VERSION,
-    WANTS,
-    Caller,
-    Head,
-    Kind,
-    agree,
-    kind_of,
-    may_be_parts,
-)
+from .headers import MAY, VERSION, WANTS, Caller, Head, Kind, agree, kind_of, may_be_parts
 from .packing import HEAD, HEADER, frame_of, heads_of, plain, rows_of
 from .waiting import Waiting
 

@@ -1,4 +1,4 @@
-"""The one autograd.Function: measure → exchange → merge → normalise, and its mirror.
+"""The autograd.Function that serves every case: measure → exchange → merge → normalise, mirrored.
 
 It takes k local parts of a batch (k > 1: the replicas of a DataParallel) on each of W ranks.
 Whatever a rank's parts are, forward makes one all_gather of 2C + 2 numbers and backward one
