@@ -73,7 +73,7 @@ def make_batch(case: Case, device: torch.device) -> Batch:
 
 
 def our_steps(batch: Batch) -> Calls:
-    """The four steps of a layer over ranks, the last with the parameters' gradients."""
+    """The four steps of a layer over ranks, the third with the parameters' gradients."""
     x, dy, affine = batch.x, batch.dy, batch.affine
     k, running = select_kernels(x), batch.running()
     sets = k.steps.measure(x).unsqueeze(0)
@@ -82,21 +82,21 @@ def our_steps(batch: Batch) -> Calls:
     return {
         "measure": lambda: k.steps.measure(x),
         "normalise": lambda: k.steps.normalise(x, sets, affine=affine, running=running, eps=EPS),
-        "gradient_sums": lambda: k.steps.gradient_sums(dy, x, found),
-        "input_gradient": lambda: gradients(k, batch, found, sums),
+        "gradient_sums": lambda: summed(k, batch, found),
+        "input_gradient": lambda: k.steps.input_gradient(
+            dy, x, weight=affine.weight, statistics=found, sums=sums
+        ),
     }
 
 
-def gradients(
-    k: Implementation, batch: Batch, found: Any, sums: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """dx, dweight and dbias of one rank alone."""
+def summed(k: Implementation, batch: Batch, found: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """The sums of one rank, dweight and dbias."""
     x, dy, affine = batch.x, batch.dy, batch.affine
     if k.fused is not None:
-        return k.fused.gradients(dy, x, affine=affine, statistics=found, own=sums, sums=sums)
-    dx = k.steps.input_gradient(dy, x, weight=affine.weight, statistics=found, sums=sums)
+        return k.fused.gradient_sums_checked(dy, x, affine=affine, statistics=found)
+    sums = k.steps.gradient_sums(dy, x, found)
     dbias, dweight = sums
-    return dx, dweight, dbias
+    return sums, dweight, dbias
 
 
 def our_whole(batch: Batch) -> Calls:

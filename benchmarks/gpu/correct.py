@@ -10,7 +10,7 @@ from torch import Tensor
 
 from syncbn.kernels import Running, Statistics, select_kernels
 
-from .calls import EPS, MOMENTUM, Batch, Case, gradients, make_batch
+from .calls import EPS, MOMENTUM, Batch, Case, make_batch, summed
 from .machine import GIGABYTE, Machine
 from .sections import Result, Skipped
 
@@ -80,8 +80,8 @@ def run_steps(batch: Batch) -> dict[str, Tensor]:
     k, running = select_kernels(x), batch.running()
     sets = k.steps.measure(x).unsqueeze(0)
     y, found = k.steps.normalise(x, sets, affine=affine, running=running, eps=EPS)
-    sums = k.steps.gradient_sums(batch.dy, x, found)
-    dx, dweight, dbias = gradients(k, batch, found, sums)
+    sums, dweight, dbias = summed(k, batch, found)
+    dx = k.steps.input_gradient(batch.dy, x, weight=affine.weight, statistics=found, sums=sums)
     results = {"y": y, "dx": dx, "dweight": dweight, "dbias": dbias}
     results |= {"mean": found.mean, "invstd": found.invstd}
     moved = zip(RUNNING, running[:2], strict=True)

@@ -117,23 +117,24 @@ inline std::tuple<Tensor, Tensor> parameter_gradients(const OptionalTensor& weig
                                                       const OptionalTensor& bias,
                                                       const double* sums, int64_t channels) {
   Tensor dweight = gradient_of(weight, channels), dbias = gradient_of(bias, channels);
-  write_parameter(check_parameter("gradients", "dbias", dbias, channels), channels, sums);
-  write_parameter(check_parameter("gradients", "dweight", dweight, channels), channels,
+  write_parameter(check_parameter("gradient_sums", "dbias", dbias, channels), channels, sums);
+  write_parameter(check_parameter("gradient_sums", "dweight", dweight, channels), channels,
                   sums + channels);
   return {dweight, dbias};
 }
 
-// input_gradient with all ranks' sums, and the parameters' gradients of this rank's own.
-inline std::tuple<Tensor, Tensor, Tensor> gradients(const Tensor& dy, const Tensor& x,
-                                                    const OptionalTensor& weight,
-                                                    const OptionalTensor& bias, const Tensor& mean,
-                                                    const Tensor& invstd, const Tensor& count,
-                                                    const Tensor& own, const Tensor& sums) {
+// gradient_sums, once weight is seen to be fit for input_gradient; and the parameters' gradients.
+inline std::tuple<Tensor, Tensor, Tensor> gradient_sums_checked(const Tensor& dy, const Tensor& x,
+                                                                const OptionalTensor& weight,
+                                                                const OptionalTensor& bias,
+                                                                const Tensor& mean,
+                                                                const Tensor& invstd) {
+  check_input("gradient_sums", x);
   const int64_t channels = x.size(1);
-  const double* mine = check_doubles("gradients", "own", own, 2 * channels);
-  Tensor dx = input_gradient(dy, x, weight, mean, invstd, sums, count);
-  auto [dweight, dbias] = parameter_gradients(weight, bias, mine, channels);
-  return {dx, dweight, dbias};
+  check_parameter("gradient_sums", "weight", weight, channels);
+  Tensor sums = gradient_sums(dy, x, mean, invstd);
+  auto [dweight, dbias] = parameter_gradients(weight, bias, as_doubles(sums), channels);
+  return {sums, dweight, dbias};
 }
 
 // --- one process -------------------------------------------------------------------------------

@@ -23,8 +23,8 @@ STABLE_TORCH_LIBRARY(syncbn, m) {
       "measure_checked(Tensor x, Tensor? weight, Tensor? bias, Tensor? running_mean, "
       "Tensor? running_var, Tensor? num_batches_tracked, float? momentum) -> Tensor");
   m.def(
-      "gradients(Tensor dy, Tensor x, Tensor? weight, Tensor? bias, Tensor mean, Tensor invstd, "
-      "Tensor count, Tensor own, Tensor sums) -> (Tensor dx, Tensor dweight, Tensor dbias)");
+      "gradient_sums_checked(Tensor dy, Tensor x, Tensor? weight, Tensor? bias, Tensor mean, "
+      "Tensor invstd) -> (Tensor sums, Tensor dweight, Tensor dbias)");
   m.def("measure_samples(Tensor x, Tensor? lengths) -> Tensor");
   m.def("merge_samples(Tensor received) -> Tensor");
   m.def(
@@ -46,7 +46,7 @@ STABLE_TORCH_LIBRARY_IMPL(syncbn, CPU, m) {
   m.impl("gradient_sums", TORCH_BOX(&syncbn::operators::gradient_sums));
   m.impl("input_gradient", TORCH_BOX(&syncbn::operators::input_gradient));
   m.impl("measure_checked", TORCH_BOX(&syncbn::operators::measure_checked));
-  m.impl("gradients", TORCH_BOX(&syncbn::operators::gradients));
+  m.impl("gradient_sums_checked", TORCH_BOX(&syncbn::operators::gradient_sums_checked));
   m.impl("measure_samples", TORCH_BOX(&syncbn::operators::measure_samples));
   m.impl("merge_samples", TORCH_BOX(&syncbn::operators::merge_samples));
   m.impl("gradient_sums_samples", TORCH_BOX(&syncbn::operators::gradient_sums_samples));

@@ -14,8 +14,13 @@ import torch.distributed as dist
 from torch import nn
 
 import syncbn
-from syncbn.comm import devices, process_group
+from support.launches import Others
+from syncbn import kernels
+from syncbn.comm import devices, later, process_group
 from syncbn.comm import given as given_room
+from syncbn.kernels import triton
+from syncbn.kernels.triton import steps
+from syncbn.step import fused
 
 WIDTH = 4
 
@@ -42,8 +47,8 @@ def x(width=WIDTH):
     return torch.randn(3, width, requires_grad=True)
 
 
-def on_device(program):
-    """The program in a rank whose tensors are as on a device."""
+def on_device(program, together=1):
+    """The program in a rank whose tensors are as on a device. together: see later.TOGETHER."""
     as_there = {
         "_takes_frames": lambda self, tensor: False,
         "_channel": lambda self: None,
@@ -52,7 +57,9 @@ def on_device(program):
     with (
         mock.patch.multiple(process_group.ProcessGroup, **as_there),
         mock.patch.object(process_group, "engine_of", return_value="nccl"),
+        mock.patch.object(devices, "TOGETHER", together),
     ):
+        syncbn.comm.resolve(None)._frames.later = None  # of another test
         return program()
 
 
@@ -90,7 +97,7 @@ def test_the_next_call_tells(ranks, when):
             layers["first"](x()).sum().backward()  # all go on together
             return caught.value.ranks, caught.value.layer, str(caught.value)
 
-        with mock.patch.dict(os.environ, {devices.VARIABLE: when}):
+        with mock.patch.dict(os.environ, {later.VARIABLE: when}):
             return on_device(run)
 
     for rank, (said, layer, text) in enumerate(ranks(2, step)):
@@ -100,10 +107,72 @@ def test_the_next_call_tells(ranks, when):
         assert "SYNCBN_COMPARE=at_once" in text
 
 
+def test_headers_go_to_the_host_together(ranks):
+    """Half as many copies as messages; the first one that differs is named."""
+
+    def step(rank):
+        def run():
+            layers = model()
+            layers["first"](x())
+            layers["second" if rank else "first"](x())
+            layers["first"](x())
+            layers["first"](x())  # the fourth
+            with pytest.raises(syncbn.DesyncError, match="after this rank's all_gather") as caught:
+                layers["first"](x())
+            return caught.value.layer, syncbn.comm.resolve(None)._frames.later._waiting
+
+        return on_device(run, together=4)
+
+    assert ranks(2, step) == [("first", []), ("second", [])]
+
+
+def test_two_launches_and_one_message_each_way(ranks):
+    """By kernels that write headers themselves. What is sent to the host goes before."""
+
+    def step(rank):
+        layer, given = model()["first"], torch.randn(3, WIDTH, 5, requires_grad=True)
+        events = []
+
+        def launched(name, *_, **__):
+            events.append(name)
+
+        def run():
+            y = layer(given)
+            return torch.autograd.grad(y, (given, layer.weight, layer.bias), y.detach())
+
+        def runs():
+            run()
+            events.clear()
+            with Others(events):
+                gradients = run()
+            return gradients, list(events)
+
+        (triton_kernels,) = (each for each in kernels.IMPLEMENTATIONS if each.steps is triton)
+        with (
+            mock.patch.object(fused, "select_kernels", return_value=triton_kernels),
+            mock.patch.object(triton, "supports_others", return_value=True),
+            mock.patch.object(steps, "launch", launched),
+            mock.patch.object(steps, "dtypes"),
+            mock.patch.object(later.Later, "compare"),  # nothing was written
+        ):
+            gradients, events = on_device(runs)
+        return [gradient.shape for gradient in gradients], events
+
+    first, *rest = step_events = ranks(2, step)
+    assert rest == [first]
+    shapes, events = step_events[0]
+    assert shapes == [(3, WIDTH, 5), (WIDTH,), (WIDTH,)]
+    copied = ["stack", "copy_"]
+    forward = ["measure", "_allgather_base_", "normalise"]
+    backward = ["gradient_sums", "allreduce_", "input_gradient"]
+    assert events == [*copied, *forward, *copied, *backward]
+
+
 def test_backward_tells(ranks):
     def step(rank):
         def run():
             layers = model()
+            sum(layers[name](x()).sum() for name in ("first", "second")).backward()
             outputs = [layers[name](x()) for name in ("first", "second")]
             outputs[rank].sum().backward()
             with pytest.raises(syncbn.DesyncError) as caught:
@@ -124,11 +193,12 @@ def test_nobody_waits_for_a_device(ranks):
         def run():
             layers, waiting = model(), []
             layers["first"](x())
-            sent = syncbn.comm.resolve(None)._frames.later._sent
-            sent[0] = sent[0]._replace(arrived=(event := Event()))
+            said = syncbn.comm.resolve(None)._frames.later
+            said.fetch(torch.device("cpu"))
+            said._sent[0] = said._sent[0]._replace(arrived=(event := Event()))
             layers["second" if rank else "first"](x())
             layers["first"](x())
-            waiting.append(len(sent))
+            waiting.append((len(said._sent), len(said._waiting)))
             event.over = True
             with pytest.raises(syncbn.DesyncError):
                 layers["first"](x())
@@ -136,7 +206,7 @@ def test_nobody_waits_for_a_device(ranks):
 
         return on_device(run)
 
-    assert ranks(2, step) == [[3], [3]]
+    assert ranks(2, step) == [[(2, 1)], [(2, 1)]]
 
 
 def test_who_says_nothing_agrees_with_all(ranks):
@@ -216,7 +286,7 @@ def test_a_single_value_on_all_ranks_together(ranks, when):
                 layer(few)
             layer(torch.randn(1, WIDTH, requires_grad=True)).sum().backward()
 
-        with mock.patch.dict(os.environ, {devices.VARIABLE: when}):
+        with mock.patch.dict(os.environ, {later.VARIABLE: when}):
             return on_device(run)
 
     ranks(2, step)
@@ -240,7 +310,7 @@ def without_grad(rank):
 def test_what_else_is_compared(ranks, case, said):
     def step(rank):
         with (
-            mock.patch.dict(os.environ, {devices.VARIABLE: "at_once"}),
+            mock.patch.dict(os.environ, {later.VARIABLE: "at_once"}),
             pytest.raises(syncbn.DesyncError) as caught,
         ):
             on_device(lambda: case(rank))
@@ -257,10 +327,10 @@ def test_a_rank_that_is_one_call_ahead_gets_its_answer(ranks):
             layers = model()
             layers["first"](x())
             layers["second" if rank else "first"](x())
-            sent = syncbn.comm.resolve(None)._frames.later._sent
             if rank:
-                sent[-1] = sent[-1]._replace(arrived=(event := Event()))
-                layers["first"](x())
+                event, sent = Event(), later._Sent
+                with mock.patch.object(later, "_Sent", lambda *found: sent(*found[:2], event)):
+                    layers["first"](x())
                 event.over = True
             with pytest.raises(syncbn.DesyncError):
                 layers["first"](x())
@@ -273,7 +343,7 @@ def test_a_rank_that_is_one_call_ahead_gets_its_answer(ranks):
 def test_another_word_for_the_comparison_is_refused(ranks):
     def step(rank):
         with (
-            mock.patch.dict(os.environ, {devices.VARIABLE: "now"}),
+            mock.patch.dict(os.environ, {later.VARIABLE: "now"}),
             pytest.raises(ValueError, match="SYNCBN_COMPARE: expected at_once, got 'now'; leave"),
         ):
             on_device(lambda: model()["first"](x()))

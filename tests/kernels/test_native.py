@@ -15,6 +15,7 @@ from support.scripts import execute
 from syncbn import kernels
 from syncbn.kernels import Affine, Running, composite, native
 from syncbn.numerics.moments import unpack
+from syncbn.tensors.prefix import Prefix
 
 
 @st.composite
@@ -108,7 +109,7 @@ def test_operators_pass_opcheck(shape):
         (ops.batch_norm, (x, weight, None, *running, 0.1, 1e-5)),
         (ops.batch_norm_backward, (x, x, weight, weight.double(), torch.stack((mean, invstd)))),
         (ops.measure_checked, (x, weight, None, *running, 0.1)),
-        (ops.gradients, (x, x, weight, weight.double(), mean, invstd, count, sums, sums)),
+        (ops.gradient_sums_checked, (x, x, weight, weight.double(), mean, invstd)),
     ):
         if op in (ops.batch_norm, ops.batch_norm_backward) and not len(x):
             continue
@@ -123,12 +124,16 @@ def test_the_operators_for_ranks_are_the_steps():
     packed = native.measure_checked(x, affine=affine, running=running)
     assert torch.equal(packed, native.measure(x))
     _, statistics = native.normalise(x, packed.unsqueeze(0), eps=1e-5)
-    own = native.gradient_sums(dy, x, statistics)
-    given = {"statistics": statistics, "sums": 2 * own}
-    dx, dweight, dbias = native.gradients(dy, x, affine=affine, own=own, **given)
-    assert torch.equal(dx, native.input_gradient(dy, x, weight=affine.weight, **given))
-    assert torch.equal(dweight, own[1].float())
-    assert torch.equal(dbias, own[0].to(dtype))
+    given = {"affine": affine, "statistics": statistics}
+    sums, dweight, dbias = native.gradient_sums_checked(dy, x, **given)
+    assert torch.equal(sums, native.gradient_sums(dy, x, statistics))
+    assert torch.equal(dweight, sums[1].float())
+    assert torch.equal(dbias, sums[0].to(dtype))
+    prefix = Prefix((1.0, 2.0), at=1, room=4)
+    message = native.measure_checked(x, affine=affine, running=running, prefix=prefix)
+    assert torch.equal(message, torch.cat((torch.tensor([0.0, 1, 2, 0]).double(), packed)))
+    message, *_ = native.gradient_sums_checked(dy, x, **given, prefix=prefix)
+    assert torch.equal(message[4:].view(2, 3), sums)
 
 
 @needs_native

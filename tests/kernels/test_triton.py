@@ -13,18 +13,19 @@ from importlib.util import find_spec
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import syncbn
 from support import magnitudes, oracle
 from support.cases import Case, check, laid_out, layouts, step, strides
 from support.interpreter import patch_language_once
 from support.kernels import whole_step
+from support.launches import Others
 from syncbn import kernels
 from syncbn.kernels import Affine, Running, Statistics, composite
 from syncbn.kernels import triton as gpu
 from syncbn.kernels.triton import launch, layout, plan, steps
 from syncbn.numerics.moments import unpack
+from syncbn.tensors.prefix import Prefix, prefixed
 
 pytestmark = [
     pytest.mark.skipif(
@@ -158,17 +159,29 @@ def test_sets_of_many_ranks(ranks, name, tile):
 def test_gradients_of_parameters_have_their_dtypes(dtype, tile):
     x, dy, weight, bias = batch((6, 2, 4))
     _, statistics = gpu.normalise(x, gpu.measure(x).unsqueeze(0), eps=1e-5)
-    own = gpu.gradient_sums(dy, x, statistics)
     affine = Affine(weight.to(dtype), bias.double())
-    sums = own * 3
-    found = gpu.gradients(dy, x, affine=affine, statistics=statistics, own=own, sums=sums)
-    expected = composite.input_gradient(
-        dy, x, weight=affine.weight, statistics=statistics, sums=sums
-    )
-    torch.testing.assert_close(found[0], expected)
-    assert [t.dtype for t in found[1:]] == [dtype, torch.float64]
-    oracle.assert_close(found[1], own[1])
-    assert torch.equal(found[2], own[0])
+    sums, dweight, dbias = gpu.gradient_sums_checked(dy, x, affine=affine, statistics=statistics)
+    assert torch.equal(sums, gpu.gradient_sums(dy, x, statistics))
+    assert (dweight.dtype, dbias.dtype) == (dtype, torch.float64)
+    oracle.assert_close(dweight, sums[1])
+    assert torch.equal(dbias, sums[0])
+
+
+@pytest.mark.parametrize("prefix", [Prefix((1.0, 2.0, 3.0, 2.0**48), 4, 256), Prefix((5.0,), 0, 1)])
+@pytest.mark.parametrize("name", ["contiguous", "channels_last"])
+@small
+def test_a_message_begins_with_what_its_carrier_says(prefix, name, tile):
+    x, dy, weight, _ = batch((6, 2, 4, 3))
+    x, affine = laid_out(x, name), Affine(weight)
+    packed = gpu.measure(x)
+    _, statistics = gpu.normalise(x, packed.unsqueeze(0), eps=1e-5)
+    given = {"affine": affine, "statistics": statistics}
+    sums = gpu.gradient_sums(dy, x, statistics)
+    for content, message in (
+        (packed, gpu.measure_checked(x, affine=affine, running=Running(), prefix=prefix)),
+        (sums, gpu.gradient_sums_checked(dy, x, **given, prefix=prefix)[0]),
+    ):
+        assert torch.equal(message, prefixed(content, prefix))
 
 
 @pytest.mark.parametrize("ratio", [0.0, 1e2, 1e4])
@@ -330,22 +343,6 @@ def test_the_same_bits_in_every_run(name, tile):
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
-class Others(TorchDispatchMode):
-    """Operations of torch beside the kernels that compute: allocations and views do not."""
-
-    FREE = ("empty", "new_empty", "empty_like", "view", "slice", "select", "unsqueeze", "unbind")
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.found: list[str] = []
-
-    def __torch_dispatch__(self, operation, types, arguments=(), options=None):
-        name = operation.overloadpacket.__name__
-        if name not in self.FREE:
-            self.found.append(name)
-        return operation(*arguments, **(options or {}))
-
-
 @pytest.fixture
 def launched(monkeypatch):
     counts: Counter[str] = Counter()
@@ -374,8 +371,9 @@ def test_one_launch_a_step_and_nothing_between(name, launched, monkeypatch, tile
     with Others() as others:
         packed = gpu.measure_checked(x, affine=affine, running=running)
         _, found = gpu.normalise(x, sets, affine=affine, running=running, eps=1e-5)
-        sums = gpu.gradient_sums(dy, x, found)
-        gpu.gradients(dy, x, affine=affine, statistics=found, own=sums, sums=sums)
+        given = {"affine": affine, "statistics": found}
+        sums, *_ = gpu.gradient_sums_checked(dy, x, **given)
+        gpu.input_gradient(dy, x, weight=weight, statistics=found, sums=sums)
     assert launched == dict.fromkeys(("measure", "normalise", "gradient_sums", "input_gradient"), 1)
     with others:
         _, saved = gpu.batch_norm(x, affine=affine, running=running, eps=1e-5)

@@ -8,49 +8,11 @@ import pytest
 import torch
 
 from support.cases import laid_out
+from support.launches import Stand
 from syncbn import kernels
 from syncbn.kernels import Affine, Running, Statistics
 from syncbn.kernels import triton as gpu
 from syncbn.kernels.triton import launch
-
-
-class Compiled:
-    """What Triton's call returns: a kernel for arguments of one kind."""
-
-    function, packed_metadata = "a function", "its metadata"
-
-    def __init__(self, runs: list[tuple[Any, ...]]) -> None:
-        self.runs = runs
-
-    def run(self, *arguments: Any) -> None:
-        self.runs.append(arguments)
-
-
-class Language:
-    float32, float64 = "float32", "float64"
-
-
-class Stand:
-    """Triton, which notes what it compiles and what runs afterwards."""
-
-    language = Language
-
-    def __init__(self) -> None:
-        self.compiled: list[tuple[Any, ...]] = []
-        self.runs: list[tuple[Any, ...]] = []
-
-    def kernel(self, name: str) -> Any:
-        stand = self
-
-        class Function:
-            def __getitem__(self, grid: tuple[int, ...]) -> Any:
-                def start(*arguments: Any, num_warps: int) -> Compiled:
-                    stand.compiled.append((name, grid, arguments, num_warps))
-                    return Compiled(stand.runs)
-
-                return start
-
-        return Function()
 
 
 @pytest.fixture

@@ -73,11 +73,9 @@ def variants(dtype: str) -> Iterator[Variant]:
             (forward.normalise, {"BLOCK": 1, "ONCE": True, "CUMULATIVE": False, "count": None}),
             (forward.normalise, {"BLOCK": 16, "ONCE": False, "CUMULATIVE": True}),
             (backward.gradient_sums, {}),
+            (backward.gradient_sums, dict.fromkeys(("dweight", "dbias"))),
             (backward.input_gradient, {}),
-            (
-                backward.input_gradient,
-                dict.fromkeys(("count", "weight", "own", "dweight", "dbias")),
-            ),
+            (backward.input_gradient, dict.fromkeys(("count", "weight"))),
         ):
             few = ", ".join(f"{name} {value}".lower() for name, value in options.items())
             constants = shape_constants(plan, dtype) | options

@@ -33,7 +33,7 @@ FLOORS = (
 )
 # Within a room: who is imported by whom, from the ground up.
 ROOMS = {
-    "tensors": ({"layout", "operators", "transforms"}, {"storages"}, {"recomputation"}),
+    "tensors": ({"layout", "operators", "prefix", "transforms"}, {"storages"}, {"recomputation"}),
     "numerics": ({"moments"}, {"reproducible"}),
     "kernels/triton": (
         {"checks", "plan", "tiles"},
@@ -43,7 +43,7 @@ ROOMS = {
     ),
     "step": (
         {"checks", "collectives", "identity", "masked", "mode"},
-        {"derivatives", "records", "tracking"},
+        {"derivatives", "records", "speaker", "tracking"},
         {"exchange", "transformed"},
         {"function"},
         {"dtensors", "fused", "replicas"},

@@ -6,7 +6,9 @@ from typing import Any
 
 import torch
 
+from . import devices
 from .base import Communicator, Local
+from .devices import Begun
 from .framed import Framed
 from .frames import Received
 from .given import default_group, from_torch, refuse_join
@@ -26,6 +28,7 @@ __all__ = [
     "NONE",
     "SINGLE",
     "WANTS",
+    "Begun",
     "Caller",
     "Communicator",
     "Framed",
@@ -38,6 +41,7 @@ __all__ = [
     "Threads",
     "Unplaced",
     "default_group",
+    "devices",
     "know_layers",
     "refuse_join",
     "resolve",

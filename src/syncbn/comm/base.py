@@ -37,8 +37,10 @@ from __future__ import annotations
 
 import threading
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
@@ -91,9 +93,9 @@ class Local(Communicator):
         return tensor.clone()
 
 
-def described(operation: str, tensor: Tensor) -> str:
+def described(operation: str, shape: Sequence[int], dtype: torch.dtype) -> str:
     """A call, as errors name it: ranks' calls agree where their descriptions do."""
-    return f"{operation} of {tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"
+    return f"{operation} of {tuple(shape)} {str(dtype).removeprefix('torch.')}"
 
 
 def check_timeout(operation: str, timeout: float) -> None:

@@ -8,10 +8,11 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from ..tensors.prefix import prefixed
 from . import devices, tracing
 from .base import Communicator, described
 from .frames import DesyncError, Frames, Received, Swapped
-from .headers import NOBODY, Caller
+from .headers import MAY, NOBODY, Caller
 from .packing import frame_of
 from .waiting import Notes
 
@@ -86,19 +87,37 @@ class Framed(Communicator):
     def all_reduce(self, tensor: Tensor) -> Tensor:
         return self.reduce(tensor, NOBODY)
 
+    def begin(
+        self,
+        operation: str,
+        where: Tensor,
+        shape: tuple[int, ...],
+        dtype: torch.dtype,
+        caller: Caller,
+        flags: int,
+    ) -> devices.Begun | None:
+        """What a message of such content on a tensor's device begins with, for those who write it
+        themselves and then call :func:`devices.gather` or :func:`devices.reduce`; None where
+        messages are frames.
+        """
+        if self._takes_frames(where):
+            return None
+        return devices.begin(self, operation, where, (shape, dtype), caller, flags)
+
     def gather(
         self, tensor: Tensor, caller: Caller, flags: int, layer: Tensor | None = None
     ) -> Received:
         """:meth:`all_gather`, and what each rank says beside it. layer: for graphs.py."""
-        if not self._takes_frames(tensor):
-            return devices.gather(self, tensor, caller, flags)
+        if begun := self.begin("all_gather", tensor, tensor.shape, tensor.dtype, caller, flags):
+            return devices.gather(self, prefixed(tensor, begun.prefix), begun)
         rows, said = self._frames.exchange(self, "all_gather", tensor, caller, flags)
         return Received(rows if tensor.is_cpu else rows.to(tensor.device), said)
 
     def reduce(self, tensor: Tensor, caller: Caller, layer: Tensor | None = None) -> Tensor:
         """:meth:`all_reduce` for a caller. layer: for graphs.py."""
-        if not self._takes_frames(tensor):
-            return devices.reduce(self, tensor, caller)
+        if begun := self.begin("all_reduce", tensor, tensor.shape, tensor.dtype, caller, MAY):
+            message = prefixed(tensor, begun.prefix) if begun.prefix.room else tensor.clone()
+            return devices.reduce(self, message, begun)
         if self.size <= self.direct_exchange_max_size:
             rows, _ = self._frames.exchange(self, "all_reduce", tensor, caller, 0)
             return rows.sum(0, dtype=tensor.dtype).to(tensor.device)
@@ -115,5 +134,7 @@ class Framed(Communicator):
         """A message that is no frame; traces show it."""
         if torch.compiler.is_compiling() or not tracing.active:
             return message(tensor, operation)
-        place, words = self._frames.place.beside(), f"{described(operation, tensor)}{caller}"
-        return tracing.recorded(place, words, lambda: message(tensor, operation))
+        words = f"{described(operation, tensor.shape, tensor.dtype)}{caller}"
+        return tracing.recorded(
+            self._frames.place.beside(), words, lambda: message(tensor, operation)
+        )

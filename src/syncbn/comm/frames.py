@@ -27,8 +27,8 @@ from .packing import HEAD, HEADER, frame_of, heads_of, plain, rows_of
 from .waiting import Waiting
 
 if TYPE_CHECKING:
-    from .devices import Later
     from .framed import Framed
+    from .later import Later
 
 _Result = TypeVar("_Result")
 _ACCOUNT = 64  # words in which a rank says what it called
@@ -118,7 +118,7 @@ class Frames:
     ) -> Received:
         self.waiting.check()
         comm._check(operation, tensor)
-        kind = self._kind(operation, tensor, caller)
+        kind = self.kind(operation, tensor.shape, tensor.dtype, caller)
         try:
             content = plain(tensor if inside else tensor.new_empty(0))
         except Exception as error:  # there is nothing in it, or no memory left
@@ -171,13 +171,15 @@ class Frames:
             traced.finish(DONE)
         return received
 
-    def _kind(self, operation: str, tensor: Tensor, caller: Caller) -> Kind:
-        key = operation, tensor.shape, tensor.dtype, caller
+    def kind(
+        self, operation: str, shape: Sequence[int], dtype: torch.dtype, caller: Caller
+    ) -> Kind:
+        key = operation, shape, dtype, caller
         kind = self._kinds.get(key)
         if kind is None:
             if len(self._kinds) > _KEPT:
                 self._kinds.clear()
-            kind = self._kinds[key] = kind_of(described(operation, tensor), caller)
+            kind = self._kinds[key] = kind_of(described(operation, shape, dtype), caller)
         return kind
 
     def _is_one_layer(

@@ -15,9 +15,21 @@ import torch
 from torch import Tensor
 
 from . import composite, native, triton
-from .interface import Affine, Fused, Implementation, Kernels, Running, SampleKernels, Statistics
+from .interface import (
+    COUNTING,
+    FLOATING,
+    Affine,
+    Fused,
+    Implementation,
+    Kernels,
+    Running,
+    SampleKernels,
+    Statistics,
+)
 
 __all__ = [
+    "COUNTING",
+    "FLOATING",
     "IMPLEMENTATIONS",
     "VARIABLE",
     "Affine",

@@ -8,7 +8,13 @@ from __future__ import annotations
 
 from typing import NamedTuple, Protocol
 
+import torch
 from torch import Tensor
+
+from ..tensors.prefix import NO_PREFIX, Prefix
+
+FLOATING = frozenset((torch.float32, torch.float64, torch.bfloat16, torch.float16))
+COUNTING = FLOATING | {torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8}
 
 
 class Affine(NamedTuple):
@@ -119,20 +125,23 @@ class Fused(Protocol):
         Of the bias only the dtype counts.
         """
 
-    def measure_checked(self, x: Tensor, *, affine: Affine, running: Running) -> Tensor:
-        """measure, once all is seen to be fit for normalise: before a message goes out."""
+    def measure_checked(
+        self, x: Tensor, *, affine: Affine, running: Running, prefix: Prefix = NO_PREFIX
+    ) -> Tensor:
+        """measure, once all is seen to be fit for normalise: a message (prefix.room + 1 + 2C,)."""
 
-    def gradients(
+    def gradient_sums_checked(
         self,
         dy: Tensor,
         x: Tensor,
         *,
         affine: Affine,
         statistics: Statistics,
-        own: Tensor,
-        sums: Tensor,
+        prefix: Prefix = NO_PREFIX,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """input_gradient, and the parameters' gradients, from this rank's own sums (2, C)."""
+        """gradient_sums, once all is seen to be fit for input_gradient: a message
+        (prefix.room + 2C,), or (2, C) without prefix; and dweight, dbias as above, of x's own sums.
+        """
 
 
 class Implementation(NamedTuple):

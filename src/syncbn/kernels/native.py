@@ -20,12 +20,12 @@ from .. import library
 from ..numerics.reproducible import NUMBERS
 from ..tensors.layout import check_samples
 from ..tensors.operators import take_any_strides
-from .interface import NO_AFFINE, NO_RUNNING, Affine, Running, Statistics
+from ..tensors.prefix import NO_PREFIX, Prefix, prefixed
+from .interface import FLOATING, NO_AFFINE, NO_RUNNING, Affine, Running, Statistics
 
 NAME = "native"
 DEVICES: tuple[str, ...] = ("cpu",)
 
-_DTYPES = frozenset((torch.float32, torch.float64, torch.bfloat16, torch.float16))
 _TYPES = (Tensor, Parameter)
 _ops: Any = torch.ops.syncbn  # looks an operator up when it is first used
 # Those whose loops read x as it lies, and that return y or dx like it.
@@ -71,7 +71,7 @@ def describe() -> str:
 
 def supports(x: Tensor) -> bool:
     """Whether the operators take x: a plain dense CPU tensor of a dtype they know."""
-    return type(x) in _TYPES and x.is_cpu and x.dtype in _DTYPES and x.layout is torch.strided
+    return type(x) in _TYPES and x.is_cpu and x.dtype in FLOATING and x.layout is torch.strided
 
 
 def measure(x: Tensor) -> Tensor:
@@ -150,17 +150,24 @@ def batch_norm_backward(
     return result
 
 
-def measure_checked(x: Tensor, *, affine: Affine, running: Running) -> Tensor:
+def measure_checked(
+    x: Tensor, *, affine: Affine, running: Running, prefix: Prefix = NO_PREFIX
+) -> Tensor:
     packed: Tensor = _ops.measure_checked.default(x, *affine, *running)
-    return packed
+    return prefixed(packed, prefix)
 
 
-def gradients(
-    dy: Tensor, x: Tensor, *, affine: Affine, statistics: Statistics, own: Tensor, sums: Tensor
+def gradient_sums_checked(
+    dy: Tensor,
+    x: Tensor,
+    *,
+    affine: Affine,
+    statistics: Statistics,
+    prefix: Prefix = NO_PREFIX,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    result: tuple[Tensor, Tensor, Tensor]
-    result = _ops.gradients.default(dy, x, *affine, *statistics, own, sums)
-    return result
+    mean, invstd, _ = statistics
+    sums, dweight, dbias = _ops.gradient_sums_checked.default(dy, x, *affine, mean, invstd)
+    return prefixed(sums, prefix), dweight, dbias
 
 
 def _leave_autograd_out() -> None:
@@ -171,7 +178,7 @@ def _leave_autograd_out() -> None:
     """
     operators = (
         *(measure, normalise, gradient_sums, input_gradient, batch_norm, batch_norm_backward),
-        *(measure_checked, gradients),
+        *(measure_checked, gradient_sums_checked),
         *(measure_samples, merge_samples, gradient_sums_samples, total_samples),
     )
     fragment = torch.library.Library("syncbn", "FRAGMENT")  # type: ignore[no-untyped-call]
@@ -214,6 +221,9 @@ def _register_shapes() -> None:
         dtypes = [torch.float32 if p is None else p.dtype for p in parameters[:2]]
         return torch.empty_like(x), *(x.new_empty(x.shape[1], dtype=dtype) for dtype in dtypes)
 
+    def with_sums(dy: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+        return wide(x, 2, x.shape[1]), *of_all(dy, x, *rest)[1:]
+
     shapes: dict[str, Callable[..., Any]] = {
         "measure": lambda x: wide(x, 1 + 2 * x.shape[1]),
         "normalise": normalised,
@@ -226,7 +236,7 @@ def _register_shapes() -> None:
         "batch_norm": lambda x, *_: (torch.empty_like(x), wide(x, 2, x.shape[1])),
         "batch_norm_backward": of_all,
         "measure_checked": lambda x, *_: wide(x, 1 + 2 * x.shape[1]),
-        "gradients": of_all,
+        "gradient_sums_checked": with_sums,
     }
     for name, shape in shapes.items():
         torch.library.register_fake(f"syncbn::{name}", shape)

@@ -10,16 +10,14 @@ import torch
 from torch import Tensor
 from torch.fx import Proxy
 
-from ..kernels import Affine, Running
+from ..kernels import COUNTING, FLOATING, Affine, Running
 from ..tensors.storages import PLAIN, check_held, form_of, has_storage, is_dtensor, is_held
 from ..tensors.transforms import transforming
 
 if TYPE_CHECKING:
     from typing import NoReturn
 
-FLOATING = frozenset((torch.float16, torch.bfloat16, torch.float32, torch.float64))
 FLOATING_WORDS = "of float16, bfloat16, float32 or float64"
-COUNTING = FLOATING | {torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8}
 _NAMES = ("running_mean", "running_var", "weight", "bias")
 _NUMBERS = (Real, torch.SymInt, torch.SymFloat)
 _LARGEST = torch.finfo(torch.float64).max

@@ -24,11 +24,11 @@ from .dtensors import check_options_of_dtensor, normalise_dtensor
 from .exchange import Exchange, ReproducibleExchange
 from .function import normalise_parts
 from .fused import find_fused, normalise_fused
-from .identity import speaking
 from .masked import check_mask, scatter_valid, select_valid, zero_masked
 from .mode import Mode, find_mode
 from .records import Call, Options, part_of
 from .replicas import normalise_replica
+from .speaker import speaking
 from .tracking import begin_update
 from .transformed import normalise_transformed
 

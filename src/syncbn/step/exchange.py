@@ -12,8 +12,8 @@ from ..kernels import Running, SampleKernels, composite
 from ..numerics.moments import merge, stacked, unpack
 from ..tensors.layout import samplewise_contiguous
 from ..tensors.storages import held_in_graph
-from .identity import Speaker, towards
 from .records import Normalised, Part
+from .speaker import Speaker, towards
 
 
 class Gathered(NamedTuple):

@@ -20,9 +20,9 @@ from ..tensors.storages import check_held, held_in_graph
 from .checks import refuse_single_value
 from .derivatives import differentiable_gradients, with_bits
 from .exchange import Exchange, Gathered
-from .identity import Speaker, towards
 from .mode import BackwardMode, find_backward_mode
 from .records import Normalised, Part
+from .speaker import Speaker, towards
 
 
 def normalise_parts(

@@ -14,13 +14,14 @@ from torch import Tensor
 
 from ..comm import LOCAL, MAY, WANTS, Replica, refuse_join
 from ..kernels import Affine, Fused, Implementation, Running, Statistics, select_kernels
+from ..tensors.prefix import NO_PREFIX
 from ..tensors.storages import check_held
 from .derivatives import differentiable_gradients
 from .exchange import Gathered
 from .function import parameter_gradients
-from .identity import Speaker, speaking, towards
 from .mode import is_differentiable
 from .records import Call
+from .speaker import Speaker, speaking
 
 
 def find_fused(call: Call) -> Implementation | None:
@@ -121,8 +122,10 @@ class _OverRanks(torch.autograd.Function):
     ) -> Tensor:
         (running, eps, kernels, speaker, flags), affine = rest, Affine(weight, bias)
         assert kernels.fused is not None
-        own = kernels.fused.measure_checked(x, affine=affine, running=running)
-        sets, said = speaker.tell(own, flags)
+        begun = speaker.begin("all_gather", x, (1 + 2 * x.shape[1],), flags)
+        prefix = NO_PREFIX if begun is None else begun.prefix
+        own = kernels.fused.measure_checked(x, affine=affine, running=running, prefix=prefix)
+        sets, said = speaker.tell(own, flags, begun)
         y, statistics = kernels.steps.normalise(x, sets, affine=affine, running=running, eps=eps)
         if flags & WANTS or (grad_anchor is not None and Gathered(sets, said).is_gradient_wanted()):
             ctx.save_for_backward(x, weight)
@@ -148,17 +151,23 @@ def _backward_over_ranks(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     check_held({"weight": weight})  # before any message; gradient_sums sees to the others
     if is_differentiable(dy):
         check_held({"the output's gradient": dy, "input": x})
-        comm = towards("differentiable backward", ctx.speaker, compiling=False)
+        comm = ctx.speaker.towards("differentiable backward", compiling=False)
         ((dx, sums),) = differentiable_gradients((dy,), (x,), (weight,), ctx.eps, comm)
     else:
         steps, fused = ctx.kernels.steps, ctx.kernels.fused
-        sums, dx = steps.gradient_sums(dy, x, statistics), None
-        total = towards("backward", ctx.speaker, compiling=False).all_reduce(sums)
+        speaker, dx = ctx.speaker.towards("backward", compiling=False), None
+        begun = speaker.begin("all_reduce", x, (2, x.shape[1]), MAY)
+        sums, dweight, dbias = fused.gradient_sums_checked(
+            dy,
+            x,
+            affine=affine,
+            statistics=statistics,
+            prefix=NO_PREFIX if begun is None else begun.prefix,
+        )
+        total = speaker.all_reduce(sums, begun)
         if wants_x:
-            dx, dweight, dbias = fused.gradients(
-                dy, x, affine=affine, statistics=statistics, own=sums, sums=total
-            )
-            return dx, dweight if wants_weight else None, dbias if wants_bias else None, None, None
+            dx = steps.input_gradient(dy, x, weight=weight, statistics=statistics, sums=total)
+        return dx, dweight if wants_weight else None, dbias if wants_bias else None, None, None
     wanted = Affine(weight if wants_weight else None, ctx.bias if wants_bias else None)
     return dx, *parameter_gradients(sums, wanted), None, None
 

@@ -10,19 +10,15 @@ from __future__ import annotations
 import itertools
 import sys
 import weakref
-from collections.abc import Callable
 from types import FrameType
 from typing import Any, cast
 from zlib import crc32
 
 import torch
 import torch.nn as nn
-from torch import Tensor
-from torch.nn.functional import pad
 from torch.utils._mode_utils import no_dispatch
 
-from ..comm import WANTS, Caller, Communicator, Framed, Received, Threads, know_layers
-from ..comm.frames import DesyncError
+from ..comm import Caller, Communicator, Threads, know_layers
 
 
 class Counter:
@@ -72,7 +68,7 @@ def take_number(layer: nn.Module) -> None:
 
 def _caller_of_token(number: int, comm: Communicator) -> Caller:
     layer = _layers.get(number)
-    return Caller() if layer is None else _caller(layer, comm)
+    return Caller() if layer is None else caller_of(layer, comm)
 
 
 know_layers(_caller_of_token)
@@ -98,7 +94,7 @@ def forget(layer: nn.Module) -> None:
 
 def identity_of(layer: nn.Module | None) -> str:
     """A layer's name, or class and number. None: a call of sync_batch_norm without a layer."""
-    return _caller(layer, None).layer
+    return caller_of(layer, None).layer
 
 
 def _counter_of(group: Any) -> Counter:
@@ -108,7 +104,7 @@ def _counter_of(group: Any) -> Counter:
     return _process
 
 
-def _caller(layer: nn.Module | None, comm: Communicator | None) -> Caller:
+def caller_of(layer: nn.Module | None, comm: Communicator | None) -> Caller:
     """Who calls, but not yet what for."""
     if layer is None:
         return Caller(layer="sync_batch_norm", named=True)
@@ -143,108 +139,3 @@ def _find_names_in_model(layer: nn.Module) -> None:
         known = vars(part).get("_identity")
         if isinstance(known, Number):
             known.name = known.name or name
-
-
-def speaking(
-    comm: Communicator,
-    layer: nn.Module | None,
-    channels: int,
-    compiling: bool,
-    reproducible: bool = False,
-    direction: str = "forward",
-) -> Communicator:
-    """The communicator for a call of a layer, which tells the other ranks whose call it is.
-
-    A graph that read the name would serve this layer only, where a block that is compiled once
-    serves many: it takes the layer's token, and the name is found when it runs.
-    """
-    if comm.size == 1:
-        return comm
-    if compiling:
-        caller = Caller(direction, "", channels, reproducible)
-        return Speaker(comm, caller, True, getattr(layer, "_token", None))
-    found = _caller(layer, comm)
-    caller = Caller(direction, found.layer, channels, reproducible, *found[4:])
-    return Speaker(comm, caller, False)
-
-
-def towards(direction: str, comm: Communicator, compiling: bool) -> Communicator:
-    """The same for another direction, where the communicator tells any."""
-    if not isinstance(comm, Speaker):
-        return comm
-    caller = comm.caller._replace(direction=direction)
-    return Speaker(comm.comm, caller, compiling, comm.token)
-
-
-class Speaker(Communicator):
-    """A communicator on which one layer speaks. Errors name it, and so do the messages of those
-    communicators that are ours.
-    """
-
-    rank = size = 0  # set below
-
-    def __init__(
-        self, comm: Communicator, caller: Caller, compiling: bool, token: Tensor | None = None
-    ) -> None:
-        self.comm, self.caller, self.rank, self.size = comm, caller, comm.rank, comm.size
-        self.compiling, self.token = compiling, token
-
-    def tell(self, tensor: Tensor, flags: int) -> Received:
-        """Every rank's tensor (*), and what it says beside it: see comm/frames.py."""
-        received: Received = self._run(self._told, tensor, flags)
-        return received
-
-    def all_gather(self, tensor: Tensor) -> Tensor:
-        if isinstance(self.comm, Framed):
-            return self.tell(tensor, 0).rows.contiguous()
-        gathered: Tensor = self._run(self._gathered, tensor)
-        return gathered
-
-    def all_reduce(self, tensor: Tensor) -> Tensor:
-        total: Tensor = self._run(self._reduced, tensor)
-        return total
-
-    def tells_later(self, tensor: Tensor) -> bool:
-        """Whether what all ranks say beside such a tensor is looked at by a later call."""
-        return isinstance(self.comm, Framed) and not self.comm._takes_frames(tensor)
-
-    def give_up(self, error: Exception) -> None:
-        """Tell the other ranks that this one raises instead of calling."""
-        if isinstance(self.comm, Framed):
-            self.comm.give_up(error)
-
-    def _told(self, tensor: Tensor, flags: int) -> Received:
-        if isinstance(self.comm, Framed):
-            return self.comm.gather(tensor, self.caller, flags, self.token)
-        received = self._gathered(pad(tensor, (1, 0), value=float(flags & WANTS)))
-        return Received(received[:, 1:], received[:, 0])
-
-    def _gathered(self, tensor: Tensor) -> Tensor:
-        return self._checked("all_gather", self.comm.all_gather(tensor), (self.size, *tensor.shape))
-
-    def _reduced(self, tensor: Tensor) -> Tensor:
-        if isinstance(self.comm, Framed):
-            return self.comm.reduce(tensor, self.caller, self.token)
-        return self._checked("all_reduce", self.comm.all_reduce(tensor), tuple(tensor.shape))
-
-    def _checked(self, operation: str, received: Tensor, shape: tuple[int, ...]) -> Tensor:
-        """What somebody's own communicator brings, which may have another size than it says."""
-        if tuple(received.shape) != shape:
-            raise RuntimeError(
-                f"{type(self.comm).__name__}: expected {operation} among its {self.size} ranks to "
-                f"return shape {shape}, got {tuple(received.shape)} on rank {self.rank}; its size "
-                "and its collectives must tell of the same ranks"
-            )
-        return received
-
-    def _run(self, collective: Callable[..., Any], *arguments: Any) -> Any:
-        if self.compiling:  # what is raised when a graph runs has no layer
-            return collective(*arguments)
-        try:
-            return collective(*arguments)
-        except DesyncError:  # which says whose calls differ
-            raise
-        except RuntimeError as error:
-            if error.args and isinstance(error.args[0], str):  # MPI's hold numbers
-                error.args = (f"{error.args[0]}; in layer {self.caller.layer!r}", *error.args[1:])
-            raise

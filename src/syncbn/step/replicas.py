@@ -13,8 +13,8 @@ from ..kernels import Affine
 from .checks import check_not_reproducible
 from .exchange import Exchange
 from .function import normalise_parts
-from .identity import speaking
 from .records import Call, Part, part_of
+from .speaker import speaking
 
 
 class _Share(NamedTuple):

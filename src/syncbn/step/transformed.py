@@ -22,9 +22,9 @@ from ..tensors.transforms import (
 from .checks import check_options, refuse_single_value
 from .collectives import gather
 from .derivatives import graph_dependency
-from .identity import speaking
 from .masked import zero_masked
 from .records import Call
+from .speaker import speaking
 
 
 def normalise_transformed(call: Call, mask: Tensor | None) -> Tensor:

@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from ..interface import NO_AFFINE, NO_RUNNING, Affine, Running, Statistics
+from ...tensors.prefix import NO_PREFIX, Prefix
+from ..interface import FLOATING, NO_AFFINE, NO_RUNNING, Affine, Running, Statistics
 from . import checks, layout, steps
 from .launch import interpreting, unavailable, version
 
@@ -31,7 +32,7 @@ __all__ = [
     "batch_norm_backward",
     "describe",
     "gradient_sums",
-    "gradients",
+    "gradient_sums_checked",
     "input_gradient",
     "measure",
     "measure_checked",
@@ -58,7 +59,7 @@ def supports(x: Tensor) -> bool:
         not torch.compiler.is_compiling()
         and type(x) in _TYPES
         and (x.is_cuda or (x.is_cpu and _on_cpu()))
-        and x.dtype in checks.FLOATING
+        and x.dtype in FLOATING
         and x.layout is torch.strided
     )
 
@@ -81,11 +82,13 @@ def measure(x: Tensor) -> Tensor:
     return steps.measure(x, plan)
 
 
-def measure_checked(x: Tensor, *, affine: Affine, running: Running) -> Tensor:
+def measure_checked(
+    x: Tensor, *, affine: Affine, running: Running, prefix: Prefix = NO_PREFIX
+) -> Tensor:
     checks.check_input("measure", x)
     checks.fit_layer("measure", x, affine, running)
     x, plan = layout.planned(x)
-    return steps.measure(x, plan)
+    return steps.measure(x, plan, prefix)
 
 
 def normalise(
@@ -136,23 +139,47 @@ def gradient_sums(dy: Tensor, x: Tensor, statistics: Statistics) -> Tensor:
     mean, invstd, _ = statistics
     checks.check_pair("gradient_sums", (mean, invstd), x)
     x, plan = layout.planned(x)
-    return steps.gradient_sums(layout.like(dy, x), x, plan, mean=mean, invstd=invstd)
+    sums = steps.gradient_sums(layout.like(dy, x), x, plan, mean=mean, invstd=invstd)
+    return sums.view(2, -1)
+
+
+def gradient_sums_checked(
+    dy: Tensor,
+    x: Tensor,
+    *,
+    affine: Affine,
+    statistics: Statistics,
+    prefix: Prefix = NO_PREFIX,
+) -> tuple[Tensor, Tensor, Tensor]:
+    checks.check_gradient("gradient_sums", dy, x)
+    checks.fit_layer("gradient_sums", x, Affine(affine.weight))
+    mean, invstd, _ = statistics
+    checks.check_pair("gradient_sums", (mean, invstd), x)
+    into = _parameter_gradients(x, affine)
+    x, plan = layout.planned(x)
+    sums = steps.gradient_sums(
+        layout.like(dy, x), x, plan, mean=mean, invstd=invstd, into=into, prefix=prefix
+    )
+    return sums if prefix.room else sums.view(2, -1), *into
 
 
 def input_gradient(
     dy: Tensor, x: Tensor, *, weight: Tensor | None, statistics: Statistics, sums: Tensor
 ) -> Tensor:
-    return _input_gradient("input_gradient", dy, x, weight, statistics, sums)
-
-
-def gradients(
-    dy: Tensor, x: Tensor, *, affine: Affine, statistics: Statistics, own: Tensor, sums: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    checks.check_wide("gradients", "own", own, (2, x.shape[1]), x)
-    into = _parameter_gradients(x, affine)
-    own = own.contiguous()
-    dx = _input_gradient("gradients", dy, x, affine.weight, statistics, sums, own, into)
-    return dx, *into
+    checks.check_gradient("input_gradient", dy, x)
+    fit, _ = checks.fit_layer("input_gradient", x, Affine(weight))
+    checks.check_pair("input_gradient", statistics[:2], x)
+    checks.check_wide("input_gradient", "sums", sums, (2, x.shape[1]), x)
+    lain, plan = layout.planned(x)
+    dx = steps.input_gradient(
+        layout.like(dy, lain),
+        lain,
+        plan,
+        weight=fit.weight,
+        statistics=statistics,
+        sums=sums.contiguous(),
+    )
+    return dx if lain is x else layout.restored(dx, x)
 
 
 def batch_norm_backward(
@@ -164,17 +191,9 @@ def batch_norm_backward(
     into = _parameter_gradients(x, affine)
     lain, plan = layout.planned(x)
     dy, (mean, invstd) = layout.like(dy, lain), saved.unbind()
-    sums = steps.gradient_sums(dy, lain, plan, mean=mean, invstd=invstd)
-    dx = steps.input_gradient(
-        dy,
-        lain,
-        plan,
-        weight=fit.weight,
-        statistics=(mean, invstd, None),
-        sums=sums,
-        own=sums,
-        into=into,
-    )
+    sums = steps.gradient_sums(dy, lain, plan, mean=mean, invstd=invstd, into=into)
+    statistics = mean, invstd, None
+    dx = steps.input_gradient(dy, lain, plan, weight=fit.weight, statistics=statistics, sums=sums)
     return dx if lain is x else layout.restored(dx, x), *into
 
 
@@ -185,31 +204,3 @@ def _parameter_gradients(x: Tensor, affine: Affine) -> tuple[Tensor, Tensor]:
         for parameter in affine
     )
     return dweight, dbias
-
-
-def _input_gradient(
-    step: str,
-    dy: Tensor,
-    x: Tensor,
-    weight: Tensor | None,
-    statistics: Statistics,
-    sums: Tensor,
-    own: Tensor | None = None,
-    into: tuple[Tensor | None, Tensor | None] = (None, None),
-) -> Tensor:
-    checks.check_gradient(step, dy, x)
-    fit, _ = checks.fit_layer(step, x, Affine(weight))
-    checks.check_pair(step, statistics[:2], x)
-    checks.check_wide(step, "sums", sums, (2, x.shape[1]), x)
-    lain, plan = layout.planned(x)
-    dx = steps.input_gradient(
-        layout.like(dy, lain),
-        lain,
-        plan,
-        weight=fit.weight,
-        statistics=statistics,
-        sums=sums.contiguous(),
-        own=own,
-        into=into,
-    )
-    return dx if lain is x else layout.restored(dx, x)

@@ -7,6 +7,7 @@ import triton.language as tl
 
 from .tiles import (
     GROUP,
+    PREFIX,
     SLOTS,
     come_last,
     load_sets,
@@ -15,15 +16,19 @@ from .tiles import (
     narrowed,
     own_channels,
     total,
+    write_prefix,
 )
 
 _SIZES = ("outer", "channels", "inner", "columns", "tiles", "per", "splits")
-_PER_CHANNEL = ("mean", "invstd", "weight", "count", "sums", "own", "dweight", "dbias")
+_PER_CHANNEL = ("mean", "invstd", "weight", "count", "sums")
 
 
 @triton.jit(
-    do_not_specialize=_SIZES,
-    do_not_specialize_on_alignment=("mean", "invstd", "tickets", "slots", "sums"),
+    do_not_specialize=(*_SIZES, *PREFIX),
+    do_not_specialize_on_alignment=(
+        *("mean", "invstd", "tickets", "slots", "sums"),
+        *("dweight", "dbias"),
+    ),
 )
 def gradient_sums(
     dy,
@@ -33,6 +38,8 @@ def gradient_sums(
     tickets,
     slots,
     sums,
+    dweight,
+    dbias,
     outer: tl.int64,
     channels: tl.int64,
     inner: tl.int64,
@@ -40,13 +47,20 @@ def gradient_sums(
     tiles: tl.int64,
     per: tl.int64,
     splits: tl.int64,
+    room: tl.int64,
+    at: tl.int64,
+    first_word: tl.float64,
+    second_word: tl.float64,
+    third_word: tl.float64,
+    fourth_word: tl.float64,
     UNIT: tl.constexpr,
     ROWS: tl.constexpr,
     WIDTH: tl.constexpr,
     LAST: tl.constexpr,
     DTYPE: tl.constexpr,
 ):
-    """sums (2, C) = (Σdy, Σdy·x̂).
+    """sums (room + 2C) = a prefix and (Σdy, Σdy·x̂); with dweight and dbias these, too, in their own
+    types.
 
     Where a group has several programs, each leaves its sums in slots (splits, 2, C), and the last
     one adds them up.
@@ -58,6 +72,8 @@ def gradient_sums(
     channel = own_channels(WIDTH, LAST)
     live = channel < channels
     split = tl.program_id(1)
+    write_prefix(sums, room, at, first_word, second_word, third_word, fourth_word)
+    sums += room
     centre = load_wide(mean, channel, live)
     shift = centre.to(DTYPE)
     first = split * per
@@ -98,6 +114,9 @@ def gradient_sums(
         dot = (b + (shift.to(tl.float64) - centre) * a) * load_wide(invstd, channel, live)
         tl.store(sums + channel, a, live)
         tl.store(sums + channels + channel, dot, live)
+        if dweight is not None:
+            tl.store(dbias + channel, narrowed(a, dbias), live)
+            tl.store(dweight + channel, narrowed(dot, dweight), live)
 
 
 @triton.jit
@@ -118,9 +137,6 @@ def input_gradient(
     count,
     weight,
     sums,
-    own,
-    dweight,
-    dbias,
     outer: tl.int64,
     channels: tl.int64,
     inner: tl.int64,
@@ -133,10 +149,7 @@ def input_gradient(
     LAST: tl.constexpr,
     DTYPE: tl.constexpr,
 ):
-    """dx, from the sums of all sets together, whose count it is; without one, the count is x's.
-
-    With dweight and dbias these, too, in their own types, from this rank's own sums.
-    """
+    """dx, from the sums of all sets together, whose count it is; without one, the count is x's."""
     if LAST:
         channels *= UNIT
     else:
@@ -144,12 +157,6 @@ def input_gradient(
     channel = own_channels(WIDTH, LAST)
     live = channel < channels
     split = tl.program_id(1)
-    if dweight is not None:
-        if split == 0:
-            total_of_dy = load_wide(own, channel, live)
-            product = load_wide(own, channel + channels, live)
-            tl.store(dbias + channel, narrowed(total_of_dy, dbias), live)
-            tl.store(dweight + channel, narrowed(product, dweight), live)
     if count is not None:
         n = tl.load(count).to(tl.float64)
     else:

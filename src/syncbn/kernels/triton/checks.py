@@ -9,10 +9,7 @@ import torch
 from torch import Tensor
 
 from ...tensors.storages import check_held, has_storage
-from ..interface import NO_RUNNING, Affine, Running
-
-FLOATING = frozenset((torch.float32, torch.float64, torch.bfloat16, torch.float16))
-COUNTING = FLOATING | {torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8}
+from ..interface import COUNTING, FLOATING, NO_RUNNING, Affine, Running
 
 
 def check_input(step: str, x: Tensor) -> None:

@@ -9,20 +9,26 @@ from .tiles import (
     GROUP,
     INFINITY,
     LARGEST,
+    PREFIX,
     SLOTS,
     come_last,
+    count_batch,
     load_wide,
     locate,
     merge,
-    narrowed,
+    move,
     own_channels,
     total,
+    write_prefix,
 )
 
 _SIZES = ("outer", "channels", "inner", "columns", "tiles", "per", "splits")
 
 
-@triton.jit(do_not_specialize=_SIZES, do_not_specialize_on_alignment=("tickets", "slots", "packed"))
+@triton.jit(
+    do_not_specialize=(*_SIZES, *PREFIX),
+    do_not_specialize_on_alignment=("tickets", "slots", "packed"),
+)
 def measure(
     x,
     tickets,
@@ -35,13 +41,19 @@ def measure(
     tiles: tl.int64,
     per: tl.int64,
     splits: tl.int64,
+    room: tl.int64,
+    at: tl.int64,
+    first_word: tl.float64,
+    second_word: tl.float64,
+    third_word: tl.float64,
+    fourth_word: tl.float64,
     UNIT: tl.constexpr,
     ROWS: tl.constexpr,
     WIDTH: tl.constexpr,
     LAST: tl.constexpr,
     DTYPE: tl.constexpr,
 ):
-    """packed (1 + 2C) = (count, mean, M2) of x.
+    """packed (room + 1 + 2C) = a prefix and (count, mean, M2) of x.
 
     A program sums differences from a shift, the mean of its first tile. Where a group has several,
     each leaves its count, mean and M2 in slots (splits, 3, C), and the last one merges them.
@@ -53,6 +65,8 @@ def measure(
     channel = own_channels(WIDTH, LAST)
     live = channel < channels
     split = tl.program_id(1)
+    write_prefix(packed, room, at, first_word, second_word, third_word, fourth_word)
+    packed += room
     first = split * per
     end = tl.minimum(first + per, tiles)
 
@@ -136,23 +150,6 @@ def merge_sets(
     tl.store(packed + channel, n, channel == 0)
 
 
-@triton.jit
-def _move(running, new, rate, channel, live):
-    """running = (1 − rate)·running + rate·new, which keeps what is small against the other."""
-    moved = (1 - rate) * load_wide(running, channel, live) + rate * new
-    tl.store(running + channel, narrowed(moved, running), live)
-
-
-@triton.jit
-def _count_batch(batches):
-    """In the counter's own type. Of this launch's programs only one reads it, this one."""
-    value = tl.load(batches)
-    if value.dtype.is_floating():
-        tl.store(batches, narrowed(value.to(tl.float64) + 1, batches))
-    else:
-        tl.store(batches, value.to(tl.int64) + 1)
-
-
 @triton.jit(
     do_not_specialize=(*_SIZES, "row", "number", "momentum", "eps"),
     do_not_specialize_on_alignment=(
@@ -224,12 +221,12 @@ def normalise(
             rate = tl.zeros_like(n) + 1 / tl.load(batches).to(tl.float64)
         rate = tl.where(n > 0, rate, 0)
         if running_mean is not None:
-            _move(running_mean, mean, rate, channel, live)
+            move(running_mean, mean, rate, channel, live)
         if running_var is not None:
-            _move(running_var, m2 / tl.where(n > 2, n - 1, 1), rate, channel, live)
+            move(running_var, m2 / tl.where(n > 2, n - 1, 1), rate, channel, live)
         if batches is not None and not CUMULATIVE:
             if tl.program_id(0) == 0:
-                _count_batch(batches)
+                count_batch(batches)
     scale = invstd
     if weight is not None:
         scale *= load_wide(weight, channel, live)

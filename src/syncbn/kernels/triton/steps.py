@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ...tensors.prefix import NO_PREFIX, WORDS, Prefix
 from ..interface import Affine, Running
 from .launch import Arguments, dtypes, launch, meeting_place
 from .plan import Plan, ceil, power_of_two
@@ -14,13 +15,13 @@ _MERGED = 1024  # numbers of sets that normalise looks at together
 _MERGE_SETS = (16, 32)  # channels and sets at a time, where a program does nothing else
 
 
-def measure(x: Tensor, plan: Plan) -> Tensor:
-    """(count, mean, M2) of x, packed (1 + 2C,)."""
+def measure(x: Tensor, plan: Plan, prefix: Prefix = NO_PREFIX) -> Tensor:
+    """(count, mean, M2) of x, packed (1 + 2C,), after a prefix."""
     channels = x.shape[1]
-    packed = x.new_empty(1 + 2 * channels, dtype=torch.float64)
+    message = x.new_empty(prefix.room + 1 + 2 * channels, dtype=torch.float64)
     place = meeting_place(x, plan.groups, plan.splits * 3 * channels)
-    _launch("measure", plan, (x, *place, packed), plan[:7])
-    return packed
+    _launch("measure", plan, (x, *place, message), (*plan[:7], *_numbers(prefix)))
+    return message
 
 
 def normalise(
@@ -73,13 +74,25 @@ def merge_sets(sets: Tensor) -> Tensor:
     return packed
 
 
-def gradient_sums(dy: Tensor, x: Tensor, plan: Plan, *, mean: Tensor, invstd: Tensor) -> Tensor:
-    """(Σdy, Σdy·x̂) per channel (2, C)."""
+def gradient_sums(
+    dy: Tensor,
+    x: Tensor,
+    plan: Plan,
+    *,
+    mean: Tensor,
+    invstd: Tensor,
+    into: tuple[Tensor | None, Tensor | None] = (None, None),
+    prefix: Prefix = NO_PREFIX,
+) -> Tensor:
+    """(Σdy, Σdy·x̂) per channel (2C,), after a prefix; writes the parameters' gradients, which they
+    are, into two tensors (C,), too.
+    """
     channels = x.shape[1]
-    sums = x.new_empty((2, channels), dtype=torch.float64)
+    message = x.new_empty(prefix.room + 2 * channels, dtype=torch.float64)
     place = meeting_place(x, plan.groups, plan.splits * 2 * channels)
-    _launch("gradient_sums", plan, (dy, x, mean, invstd, *place, sums), plan[:7])
-    return sums
+    tensors = dy, x, mean, invstd, *place, message, *into
+    _launch("gradient_sums", plan, tensors, (*plan[:7], *_numbers(prefix)))
+    return message
 
 
 def input_gradient(
@@ -90,16 +103,17 @@ def input_gradient(
     weight: Tensor | None,
     statistics: tuple[Tensor, Tensor, Tensor | None],
     sums: Tensor,
-    own: Tensor | None = None,
-    into: tuple[Tensor | None, Tensor | None] = (None, None),
 ) -> Tensor:
-    """dx; with own sums (2, C) writes the parameters' gradients into two tensors (C,), too.
-
-    statistics: mean, invstd and the count, None for that of x.
-    """
+    """dx. statistics: mean, invstd and the count, None for that of x; sums: of 2C numbers."""
     dx = torch.empty_like(x)
-    _launch("input_gradient", plan, (dy, x, dx, *statistics, weight, sums, own, *into), plan[:6])
+    _launch("input_gradient", plan, (dy, x, dx, *statistics, weight, sums), plan[:6])
     return dx
+
+
+def _numbers(prefix: Prefix) -> tuple[float, ...]:
+    """As the kernels take a prefix (tiles.py)."""
+    words, at, room = prefix
+    return room, at, *words, *(0.0,) * (WORDS - len(words))
 
 
 def _launch(

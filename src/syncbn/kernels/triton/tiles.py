@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 
 GROUP = tl.constexpr(16)  # plan.MOST_TILES
+PREFIX = ("room", "at", "first_word", "second_word", "third_word", "fourth_word")
 SLOTS = tl.constexpr(1024)  # values of sets that a program looks at together
 INFINITY = tl.constexpr(float("inf"))
 LARGEST = tl.constexpr(1.7976931348623157e308)
@@ -92,6 +93,37 @@ def narrowed(value, like):
 @triton.jit
 def load_wide(pointer, channel, live):
     return tl.load(pointer + channel, live, 0).to(tl.float64)
+
+
+@triton.jit
+def move(running, new, rate, channel, live):
+    """running = (1 − rate)·running + rate·new, which keeps what is small against the other."""
+    moved = (1 - rate) * load_wide(running, channel, live) + rate * new
+    tl.store(running + channel, narrowed(moved, running), live)
+
+
+@triton.jit
+def count_batch(batches):
+    """In the counter's own type. Of this launch's programs only one reads it, this one."""
+    value = tl.load(batches)
+    if value.dtype.is_floating():
+        tl.store(batches, narrowed(value.to(tl.float64) + 1, batches))
+    else:
+        tl.store(batches, value.to(tl.int64) + 1)
+
+
+@triton.jit
+def write_prefix(message, room, at, first, second, third, fourth):
+    """Zeros but for four words, by the first program of a launch: see tensors/prefix.py."""
+    if (tl.program_id(0) == 0) & (tl.program_id(1) == 0):
+        for begin in range(0, room, 128):
+            place = begin + tl.arange(0, 128)
+            word = place - at
+            value = tl.where(word == 0, first, 0)
+            value += tl.where(word == 1, second, 0)
+            value += tl.where(word == 2, third, 0)
+            value += tl.where(word == 3, fourth, 0)
+            tl.store(message + place, value, place < room)
 
 
 @triton.jit
