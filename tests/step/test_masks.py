@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from unittest import mock
 
 import pytest
 import torch
@@ -13,8 +14,18 @@ from torch.utils.checkpoint import checkpoint
 import syncbn
 from support import oracle
 from support.cases import share_of
+from support.launches import Others
 from support.sequences import packed, speech
 from syncbn import mask_from_lengths
+from syncbn.step import dispatch
+
+
+def on_device(where):
+    """Where the values that count are not picked out, as how many they are is not known."""
+    return mock.patch.object(dispatch, "_is_packing_slow", return_value=where == "device")
+
+
+anywhere = pytest.mark.parametrize("where", ["cpu", "device"])
 
 
 def step(layer, x, dy, mask):
@@ -35,15 +46,17 @@ def check(results, x, dy, mask, factor=4.0):
     return expected
 
 
+@anywhere
 @pytest.mark.parametrize("split", [(5,), (3, 2), (1, 0, 4), (2, 3, 0)])
 @pytest.mark.parametrize("reproducible", [True, False])
-def test_a_step_equals_the_packed_values(ranks, split, reproducible):
+def test_a_step_equals_the_packed_values(ranks, split, reproducible, where):
     x, dy, mask = speech()
 
     def run(rank):
         mine = share_of(split, rank)
         layer = syncbn.SyncBatchNorm(3, dtype=torch.float64, reproducible=reproducible)
-        return step(layer, x[mine], dy[mine], mask[mine]), layer.state_dict()
+        with on_device(where):
+            return step(layer, x[mine], dy[mine], mask[mine]), layer.state_dict()
 
     results = ranks(len(split), run) if len(split) > 1 else [run(0)]
     expected = check([result for result, _ in results], x, dy, mask)
@@ -53,7 +66,8 @@ def test_a_step_equals_the_packed_values(ranks, split, reproducible):
         assert state["num_batches_tracked"] == 1
 
 
-def test_a_rank_may_be_wholly_masked_or_have_no_mask(ranks):
+@anywhere
+def test_a_rank_may_be_wholly_masked_or_have_no_mask(ranks, where):
     x, dy, mask = speech()
     mask[:2] = False
     mask[4] = True
@@ -62,7 +76,8 @@ def test_a_rank_may_be_wholly_masked_or_have_no_mask(ranks):
     def run(rank):
         mine = shares[rank]
         layer = syncbn.SyncBatchNorm(3, dtype=torch.float64)
-        return step(layer, x[mine], dy[mine], mask[mine] if rank < 2 else None)
+        with on_device(where):
+            return step(layer, x[mine], dy[mine], mask[mine] if rank < 2 else None)
 
     check(ranks(3, run), x, dy, mask)
 
@@ -106,13 +121,16 @@ def test_eval_mode_masks_too(padding):
     assert layer.weight.grad.isfinite().all()
 
 
+@anywhere
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("training", [True, False])
-def test_images_keep_dtype_and_layout(dtype, layout, training):
+def test_images_keep_dtype_and_layout(dtype, layout, training, where):
     x = torch.randn(3, 4, 5, 6).to(dtype).contiguous(memory_format=layout)
     mask = torch.rand(3, 5, 6) > 0.3
-    y, dx = step(layer := syncbn.SyncBatchNorm2d(4).train(training), x, torch.ones_like(x), mask)
+    layer = syncbn.SyncBatchNorm2d(4).train(training)
+    with on_device(where):
+        y, dx = step(layer, x, torch.ones_like(x), mask)
     assert y.dtype == dx.dtype == dtype
     assert y.is_contiguous(memory_format=layout)
     if training:
@@ -128,18 +146,21 @@ def test_rows_of_features_have_a_mask_of_rows():
     assert not y[~mask].any()
 
 
-def test_second_derivatives_through_a_mask():
+@anywhere
+def test_second_derivatives_through_a_mask(where):
     x, _, mask = speech(channels=2)
 
     def masked(x):
-        return syncbn.sync_batch_norm(x, None, None, mask=mask[:2])
+        with on_device(where):
+            return syncbn.sync_batch_norm(x, None, None, mask=mask[:2])
 
     assert torch.autograd.gradgradcheck(masked, x[:2].requires_grad_())
 
 
+@anywhere
 @pytest.mark.parametrize("split", [(3, 2), (2, 0, 3)])
 @pytest.mark.parametrize("reproducible", [True, False])
-def test_second_derivatives_over_ranks(ranks, split, reproducible):
+def test_second_derivatives_over_ranks(ranks, split, reproducible, where):
     """Of a loss over the gradient's norm; a rank's padding has no part in it."""
     (x, *_), (_, dy, mask) = speech(padding=1e9), speech(padding=3.0)
 
@@ -147,7 +168,8 @@ def test_second_derivatives_over_ranks(ranks, split, reproducible):
         mine = share_of(split, rank)
         layer = syncbn.SyncBatchNorm(3, dtype=torch.float64, reproducible=reproducible)
         share = x[mine].clone().requires_grad_()
-        y = layer(share, mask[mine]).tanh()
+        with on_device(where):
+            y = layer(share, mask[mine]).tanh()
         (dx,) = torch.autograd.grad((y * dy[mine]).sum(), share, create_graph=True)
         dx.square().sum().backward()
         return dx.detach(), share.grad, layer.weight.grad
@@ -187,8 +209,9 @@ class Masked(nn.Module):
         return checkpoint(self.block, x, mask, use_reentrant=self.reentrant)
 
 
+@anywhere
 @pytest.mark.parametrize("reentrant", [None, True, False])
-def test_training_under_ddp_equals_one_process(ranks, reentrant):
+def test_training_under_ddp_equals_one_process(ranks, reentrant, where):
     """Checkpointed or not; one rank's share is two sequences, the other's three."""
     (x, *_), (_, dy, mask) = speech(padding=1e9), speech(padding=3.0)
     dy = dy[:, :1]
@@ -205,13 +228,34 @@ def test_training_under_ddp_equals_one_process(ranks, reentrant):
     def run(rank):
         model = syncbn.convert(Masked(reentrant))
         ddp = DistributedDataParallel(model, static_graph=reentrant is True)
-        train(ddp, slice(0, 2) if rank == 0 else slice(2, 5), 2)
+        with on_device(where):
+            train(ddp, slice(0, 2) if rank == 0 else slice(2, 5), 2)
         return model.state_dict()
 
     alone = train(syncbn.convert(Masked()), slice(None), 1)
     for state in ranks(2, run):
         torch.testing.assert_close(state, alone, rtol=1e-9, atol=1e-12)
         assert state["norm.num_batches_tracked"] == 3
+
+
+@pytest.mark.parametrize("padding", [0.0, 1e30, float("nan")])
+def test_nothing_that_waits_for_a_device(padding):
+    """Neither the values that count nor their number come to the host."""
+    x, dy, mask = speech(padding=padding, size=9)
+    layer = syncbn.SyncBatchNorm1d(3, dtype=torch.float64)
+    with on_device("device"), Others() as others:
+        y, dx = step(layer, x, dy, mask)
+    assert not {"index", "nonzero", "item", "_local_scalar_dense", "masked_select"} & {
+        *others.found
+    }
+    check([(y, dx)], x, dy, mask)
+
+
+def test_a_single_value_that_counts_is_refused_on_devices_too():
+    mask = torch.zeros(5, 7, dtype=torch.bool)
+    mask[0, 0] = True
+    with on_device("device"), pytest.raises(RuntimeError, match="got 1 on all ranks together"):
+        syncbn.SyncBatchNorm(3)(speech(dtype=torch.float32)[0], mask)
 
 
 def test_convert_leaves_models_without_masks_alone():

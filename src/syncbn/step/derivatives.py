@@ -24,15 +24,16 @@ def differentiable_gradients(
     dys: Sequence[Tensor],
     xs: Sequence[Tensor],
     weights: Sequence[Tensor | None],
+    masks: Sequence[Tensor | None],
     eps: float,
     comm: Communicator,
 ) -> list[tuple[Tensor | None, Tensor]]:
     """dx like x, and the part's own (Σdy, Σdy·x̂) per channel (2, C), of each part.
 
-    dys, xs: (N, C, *); weights: (C,) or None.
+    dys, xs: (N, C, *); weights: (C,) or None; masks: (N, *) or None, see records.py.
     """
     zero = graph_dependency(*xs, *dys, *weights)
-    packed = [composite.measure(x) for x in xs]
+    packed = [composite.measure(x, mask) for x, mask in zip(xs, masks, strict=True)]
     own = packed[0] if len(packed) == 1 else merge(unpack(stacked(packed))).pack()
     merged = merge(unpack(gather(own + zero, comm)))
     invstd = inverse_deviation(merged, eps)

@@ -104,9 +104,17 @@ def normalise_masked(call: Call, mask: Tensor) -> Tensor:
         zeroed = zero_masked(with_gradient_like(input), mask)
         return zero_masked(normalise_dense(call._replace(input=zeroed)), mask)
     mask = mask.clone()  # to keep: its owner may free it
+    if _is_packing_slow(input) and not call.options.reproducible:
+        zeroed = zero_masked(with_gradient_like(input), mask)
+        return zero_masked(normalise_dense(call._replace(input=zeroed, mask=mask)), mask)
     values, lengths = select_valid(with_gradient_like(input), mask)
     y = normalise_dense(call._replace(input=values, lengths=lengths))
     return scatter_valid(y, input, mask)
+
+
+def _is_packing_slow(input: Tensor) -> bool:
+    """Whether to know how many values count is to wait for the device."""
+    return not input.is_cpu
 
 
 def normalise_dense(call: Call) -> Tensor:
@@ -139,7 +147,7 @@ class Path(NamedTuple):
 def _needs_own_kernels(call: Call) -> bool:
     """Whether torch's operator would refuse a batch in training, or do it wrongly."""
     mean, var, batches, momentum = call.running
-    if _mixes_dtypes(call.input, call.tensors):
+    if call.mask is not None or _mixes_dtypes(call.input, call.tensors):
         return True
     if not call.mode.compiling:
         # A view that reads with the opposite sign: torch's operator would move a copy.
@@ -179,7 +187,7 @@ def _normalise_over_ranks(call: Call) -> Tensor:
     reproducible, compiling = call.options.reproducible, call.mode.compiling
     comm = speaking(comm, call.options.layer, call.input.shape[1], compiling, reproducible)
     exchange = ReproducibleExchange(comm, call.lengths) if reproducible else Exchange(comm)
-    part = part_of(call.input, call.affine)
+    part = part_of(call.input, call.affine, call.mask)
     return normalise_parts([part], call.running, call.options.eps, exchange, compiling)[0]
 
 

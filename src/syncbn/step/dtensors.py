@@ -85,7 +85,9 @@ def normalise_dtensor(call: Call) -> Tensor:
     if call.options.training or mean is None:
         running = Running(mean, var, batches, momentum)
         exchange = _OfDTensor(LOCAL)
-        return normalise_parts([part_of(x, affine)], running, eps, exchange, call.mode.compiling)[0]
+        return normalise_parts(
+            [part_of(x, affine, None)], running, eps, exchange, call.mode.compiling
+        )[0]
     mean, var = (t.to(wide_dtype(t.device)) for t in (mean, var))
     known = Moments(mean.new_ones(()), mean, var).pack().unsqueeze(0)
     return composite.normalise(x, known, affine=affine, running=Running(), eps=eps)[0]

@@ -76,7 +76,7 @@ class Exchange:
 
     def _measure(self, parts: Sequence[Part]) -> Tensor:
         """What this rank has to tell of its parts: a tensor of one dimension."""
-        packed = [part.kernels.steps.measure(part.x) for part in parts]
+        packed = [part.measure() for part in parts]
         return packed[0] if len(packed) == 1 else merge(unpack(stacked(packed))).pack()
 
     def _merged(self, parts: Sequence[Part], received: Tensor) -> Tensor:

@@ -30,12 +30,14 @@ def normalise_parts(
 ) -> tuple[Tensor, ...]:
     """y of each part, with the statistics of all parts of all ranks; the running ones move once."""
     kernels = [part.kernels for part in parts]
-    tensors = [tensor for part in parts for tensor in (part.x, *part.affine)]
+    tensors = [tensor for part in parts for tensor in (part.x, *part.affine, part.mask)]
     grad_enabled = torch.is_grad_enabled()
     wants_gradient = grad_enabled and any(t is not None and t.requires_grad for t in tensors)
     may = wants_gradient or (grad_enabled and not compiling)
     flags = (WANTS if wants_gradient else 0) | (MAY if may else 0)
-    if not compiling:  # a graph would be made for that number of values alone
+    if not (
+        compiling or _is_masked(parts)
+    ):  # a graph would be made for that number of values alone
         own = sum(part.x.numel() // part.x.shape[1] for part in parts)
         flags |= NONE if own == 0 else SINGLE if own == 1 else 0
     # A rank none of whose tensors want a gradient still owes its peers a backward if one of them
@@ -52,6 +54,7 @@ def normalise_parts(
 
 
 _FIRST = 10  # of the parts' tensors among the Function's arguments
+_EACH = 4  # of a part: x, weight, bias, mask
 
 
 class _SyncBatchNorm(torch.autograd.Function):
@@ -67,13 +70,13 @@ class _SyncBatchNorm(torch.autograd.Function):
         *rest: Any,
     ) -> tuple[Tensor, ...]:
         running = Running(*rest[:4])
-        each = zip(kernels, _groups(rest[4:], 3), strict=True)
-        parts = [Part(k, x, Affine(*affine)) for k, (x, *affine) in each]
+        each = zip(kernels, _groups(rest[4:], _EACH), strict=True)
+        parts = [Part(k, x, Affine(*affine), mask) for k, (x, *affine, mask) in each]
         gathered = exchange.gather(parts, flags, running, compiling)
         wants_gradient = bool(flags & WANTS)
         _check_count(parts, gathered, exchange, flags, compiling)
         ys, statistics = [], []
-        for k, x, affine in parts:
+        for k, x, affine, _ in parts:
             sets = gathered.sets if len(parts) == 1 else gathered.sets.to(x.device)
             y, found = k.steps.normalise(x, sets, affine=affine, running=running, eps=eps)
             ys.append(y)
@@ -82,6 +85,7 @@ class _SyncBatchNorm(torch.autograd.Function):
         if wants_gradient or (grad_anchor is not None and gathered.is_gradient_wanted()):
             saved = zip(parts, statistics, strict=True)
             ctx.save_for_backward(*(t for p, s in saved for t in (p.x, p.affine.weight, *s)))
+            ctx.masks = [part.mask for part in parts]  # copies
             ctx.biases = [part.affine.bias for part in parts]  # for their dtypes
             ctx.eps, ctx.exchange, ctx.kernels = eps, exchange, kernels
         else:
@@ -110,11 +114,11 @@ def _backward(ctx: Any, dys: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
         for part, dy in zip(parts, dys, strict=True):
             check_held({"the output's gradient": dy, "input": part.x, "weight": part.weight})
             check_held(part.statistics._asdict())
-    wanted = _groups(ctx.needs_input_grad[_FIRST:], 3)
+    wanted = _groups(ctx.needs_input_grad[_FIRST:], _EACH)
     if mode.differentiable:
         xs, weights = [part.x for part in parts], [part.weight for part in parts]
         comm = towards("differentiable backward", exchange.comm, mode.compiling)
-        found = differentiable_gradients(dys, xs, weights, ctx.eps, comm)
+        found = differentiable_gradients(dys, xs, weights, ctx.masks, ctx.eps, comm)
         if exchange.reproducible and not mode.transforming:
             with torch.no_grad():
                 bits = _gradients(parts, dys, exchange, wanted, mode)
@@ -124,9 +128,9 @@ def _backward(ctx: Any, dys: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
         found = _gradients(parts, dys, exchange, wanted, mode)
     gradients: list[Tensor | None] = []
     for part, bias, wants, (dx, sums) in zip(parts, ctx.biases, wanted, found, strict=True):
-        _, wants_weight, wants_bias = wants
+        _, wants_weight, wants_bias, _ = wants
         affine = Affine(part.weight if wants_weight else None, bias if wants_bias else None)
-        gradients += dx, *parameter_gradients(sums, affine)
+        gradients += dx, *parameter_gradients(sums, affine), None
     return *(None,) * _FIRST, *gradients
 
 
@@ -186,13 +190,30 @@ def _check_count(
     comm = exchange.comm
     own = sum(part.x.numel() // part.x.shape[1] for part in parts)
     if compiling:
+        own = 0 if _is_masked(parts) else own
         wanting = None if flags & WANTS else gathered.flags
         _check_in_graph(own, gathered.sets, wanting if isinstance(wanting, Tensor) else None)
+        return
+    if _is_masked(parts):
+        _assert_several(gathered.sets)
         return
     if own > 1 or (isinstance(comm, Speaker) and comm.tells_later(gathered.sets)):
         return
     if (own if comm.size == 1 else gathered.sets[:, 0].sum().item()) == 1:
         refuse_single_value([part.x.shape for part in parts], comm.rank, comm.size)
+
+
+def _is_masked(parts: Sequence[Part]) -> bool:
+    """Whether the device alone knows how many values count."""
+    return any(part.mask is not None for part in parts)
+
+
+def _assert_several(sets: Tensor) -> None:
+    torch._assert_async(
+        sets[:, 0].sum() != 1,
+        "Expected more than 1 value per channel when training, got 1 on all ranks together; "
+        "use a larger batch or call eval() on the layer",
+    )
 
 
 def _check_in_graph(own: int, sets: Tensor, wanting: Tensor | None) -> None:
@@ -203,11 +224,7 @@ def _check_in_graph(own: int, sets: Tensor, wanting: Tensor | None) -> None:
     from torch.fx.experimental.symbolic_shapes import guard_or_true  # imports sympy
 
     if guard_or_true(own <= 1):
-        torch._assert_async(
-            sets[:, 0].sum() != 1,
-            "Expected more than 1 value per channel when training, got 1 on all ranks together; "
-            "use a larger batch or call eval() on the layer",
-        )
+        _assert_several(sets)
     if wanting is not None:
         torch._assert_async(
             ~wanting.any(),

@@ -30,8 +30,8 @@ def find_fused(call: Call) -> Implementation | None:
     One running statistic without the other and a single value per channel are left to those who
     have an error for them.
     """
-    x, affine, running, options, mode, comm, _ = call
-    if options.reproducible or mode.compiling:
+    x, affine, running, options, mode, comm, _, mask = call
+    if options.reproducible or mode.compiling or mask is not None:
         return None
     if (running.mean is None) != (running.var is None):
         return None
@@ -49,7 +49,7 @@ def find_fused(call: Call) -> Implementation | None:
 
 def normalise_fused(call: Call, kernels: Implementation) -> Tensor:
     """y of the call's input. RuntimeError, too: a tensor that the operators refuse."""
-    x, (weight, bias), running, options, _, comm, _ = call
+    x, (weight, bias), running, options, _, comm, *_ = call
     wants_gradient = torch.is_grad_enabled() and (
         x.requires_grad
         or (weight is not None and weight.requires_grad)
@@ -95,7 +95,9 @@ class _BatchNorm(torch.autograd.Function):
         dx = None
         if is_differentiable(dy):
             check_held({"the output's gradient": dy, "input": x, "weight": weight})
-            ((dx, sums),) = differentiable_gradients((dy,), (x,), (weight,), ctx.eps, LOCAL)
+            ((dx, sums),) = differentiable_gradients(
+                (dy,), (x,), (weight,), (None,), ctx.eps, LOCAL
+            )
         elif wants_x:
             affine = Affine(weight, ctx.bias)
             dx, dweight, dbias = ctx.fused.batch_norm_backward(
@@ -152,7 +154,8 @@ def _backward_over_ranks(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     if is_differentiable(dy):
         check_held({"the output's gradient": dy, "input": x})
         comm = ctx.speaker.towards("differentiable backward", compiling=False)
-        ((dx, sums),) = differentiable_gradients((dy,), (x,), (weight,), ctx.eps, comm)
+        given = (dy,), (x,), (weight,), (None,)
+        ((dx, sums),) = differentiable_gradients(*given, ctx.eps, comm)
     else:
         steps, fused = ctx.kernels.steps, ctx.kernels.fused
         speaker, dx = ctx.speaker.towards("backward", compiling=False), None

@@ -8,7 +8,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from ..comm import Communicator
-from ..kernels import Affine, Implementation, Running, Statistics, select_kernels
+from ..kernels import Affine, Implementation, Running, Statistics, composite, select_kernels
 from .mode import Mode
 
 
@@ -26,7 +26,8 @@ class Call(NamedTuple):
     """One call of a layer, as the paths of dispatch.py take it.
 
     lengths: (N,) where dimension 0 of input is no longer samples but their values that a mask left:
-    how many belong to each sample.
+    how many belong to each sample. mask: (N, *) where all positions are there, but only those where
+    it is True count; the others are zero.
     """
 
     input: Tensor
@@ -36,6 +37,7 @@ class Call(NamedTuple):
     mode: Mode
     comm: Communicator
     lengths: Tensor | None = None
+    mask: Tensor | None = None
 
     @property
     def tensors(self) -> tuple[Tensor | None, ...]:
@@ -46,12 +48,19 @@ class Call(NamedTuple):
 class Part(NamedTuple):
     """A local part of a batch: x (N, C, *), the parameters on its device, and what serves it.
 
-    A process has one, or one for each replica of a DataParallel.
+    A process has one, or one for each replica of a DataParallel. mask: as in a call.
     """
 
     kernels: Implementation
     x: Tensor
     affine: Affine
+    mask: Tensor | None = None
+
+    def measure(self) -> Tensor:
+        """Packed moments (1 + 2C,) of what counts."""
+        if self.mask is None:
+            return self.kernels.steps.measure(self.x)
+        return composite.measure(self.x, self.mask)
 
 
 class Normalised(NamedTuple):
@@ -63,5 +72,5 @@ class Normalised(NamedTuple):
     statistics: Statistics
 
 
-def part_of(x: Tensor, affine: Affine) -> Part:
-    return Part(select_kernels(x), x, affine)
+def part_of(x: Tensor, affine: Affine, mask: Tensor | None) -> Part:
+    return Part(select_kernels(x), x, affine, mask)

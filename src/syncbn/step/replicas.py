@@ -35,7 +35,7 @@ def normalise_replica(call: Call) -> Tensor:
     x, affine, wants_graph = call.input, call.affine, torch.is_grad_enabled()
     if not wants_graph:  # of this replica; the others may
         x, affine = x.detach(), Affine(*(None if t is None else t.detach() for t in affine))
-    share = _Share(part_of(x, affine), call, wants_graph)
+    share = _Share(part_of(x, affine, call.mask), call, wants_graph)
     y: Tensor = call.comm.rendezvous(share, _normalise_all)
     return y if wants_graph else y.detach()
 
