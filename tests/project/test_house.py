@@ -49,7 +49,7 @@ ROOMS = {
         {"dtensors", "fused", "replicas"},
         {"dispatch"},
     ),
-    "layers": ({"functional"}, {"modules"}, {"lazy"}),
+    "layers": ({"copies", "functional"}, {"modules"}, {"lazy"}),
     "diagnose": ({"traces"}, {"desync"}),
     "batches": ({"nested"}, {"empty", "scatter", "transfer"}, {"uneven"}),
     "models": (

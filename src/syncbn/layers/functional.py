@@ -7,7 +7,6 @@ from typing import Any
 from torch import Tensor
 
 from ..kernels import Affine, Running
-from ..step.checks import check_options
 from ..step.dispatch import normalise
 from ..step.records import Options
 
@@ -83,6 +82,5 @@ def sync_batch_norm(
         >>> bool(y.mean((0, 2, 3)).abs().max() < 1e-6)
         True
     """
-    check_options(momentum, eps)
     affine, running = Affine(weight, bias), Running(running_mean, running_var, None, momentum)
     return normalise(input, affine, running, Options(training, eps, group, reproducible), mask)

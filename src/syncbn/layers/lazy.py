@@ -9,6 +9,7 @@ from torch.nn.modules.batchnorm import _LazyNormBase
 from torch.nn.parameter import UninitializedBuffer, is_lazy
 
 from ..step.checks import check_input
+from ..step.dispatch import tell_others
 from .modules import SyncBatchNorm, SyncBatchNorm1d, SyncBatchNorm2d, SyncBatchNorm3d
 
 if TYPE_CHECKING:
@@ -42,8 +43,13 @@ class LazySyncBatchNorm(_LazyNormBase, SyncBatchNorm):
         self._take_options(process_group, bias, reproducible, statistics_dtype, skip_nonfinite)
 
     def initialize_parameters(self, input: Tensor, mask: Tensor | None = None) -> None:
-        check_input(input)
-        self._check_input_dim(input)
+        try:
+            check_input(input)
+            self._check_input_dim(input)
+        except Exception as error:
+            if self.training:
+                tell_others(self.process_group, error)
+            raise
         fresh = self.has_uninitialized_params()
         self.num_features = input.shape[1]
         for tensor in (*self._parameters.values(), *self._buffers.values()):

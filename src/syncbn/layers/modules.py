@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import copy
-import warnings
 from typing import TYPE_CHECKING, Any, cast
 
 import torch.nn as nn
 from torch import Tensor
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..comm import LOCAL, Unplaced, default_group, resolve
 from ..kernels import Affine, Running
@@ -19,6 +16,7 @@ from ..step.masked import resolve_mask
 from ..step.records import Options
 from ..step.tracking import skip_nonfinite, skips_nonfinite
 from ..tensors.recomputation import withhold
+from .copies import Copied
 
 if TYPE_CHECKING:
     from typing import NoReturn
@@ -26,7 +24,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 
-class SyncBatchNorm(_BatchNorm):
+class SyncBatchNorm(Copied):
     """Batch normalisation of (N, C, *) with the statistics of all ranks' batches together.
 
     A drop-in for torch's BatchNorm and SyncBatchNorm: same arguments, attributes, state dict.
@@ -119,13 +117,7 @@ class SyncBatchNorm(_BatchNorm):
         self.skip_nonfinite = skip_nonfinite
 
     def forward(self, input: Tensor, mask: Tensor | None = None) -> Tensor:
-        self._check_input_dim(input)
-        if mask is None and self._mask_sources:
-            mask = resolve_mask(self._mask_sources, input)
         mean, var, counter, weight, bias = self._tensors()
-        if weight is None and mean is None:  # no tensor that would tell
-            check_input(input)
-            check_shape("statistics", (self.num_features,), input)
         training = self.training or (mean is None and var is None)
         if not self.training:
             counter = None
@@ -138,6 +130,18 @@ class SyncBatchNorm(_BatchNorm):
         options = Options(training, self.eps, group, self.reproducible, self)
         skipped = self._buffers.get("num_batches_skipped")
         return normalise(input, affine, running, options, mask, skipped)
+
+    def _checked_mask(self, input: Tensor, mask: Tensor | None) -> Tensor | None:
+        """The mask for an input, once that is seen to have the layer's form: within a call, of
+        which other ranks are told where this one raises.
+        """
+        self._check_input_dim(input)
+        if self._buffers.get("running_mean") is None and self._parameters.get("weight") is None:
+            check_input(input)
+            check_shape("statistics", (self.num_features,), input)
+        if mask is None and self._mask_sources:
+            return resolve_mask(self._mask_sources, input)
+        return mask
 
     def _tensors(self) -> tuple[Tensor | None, ...]:
         """Statistics, their counter, weight, bias: by name each takes a microsecond to find."""
@@ -198,38 +202,6 @@ class SyncBatchNorm(_BatchNorm):
         replica: Self = super()._replicate_for_data_parallel()  # type: ignore[no-untyped-call]
         replica.process_group = Unplaced()  # until syncbn.DataParallel places it
         return replica
-
-    def _state(self) -> dict[str, Any]:
-        """What copies take over: masks belong to a context around this layer, a number to it."""
-        own = {"_mask_sources": tuple, "_identity": Number, "_token": Tensor}
-        return {k: v for k, v in vars(self).items() if k not in own or not isinstance(v, own[k])}
-
-    def __copy__(self) -> Self:
-        new = type(self).__new__(type(self))
-        new.__setstate__(self._state())
-        return new
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
-        new = type(self).__new__(type(self))
-        memo[id(self)] = new
-        memo[id(self.process_group)] = self.process_group  # a group belongs to the process
-        new.__setstate__(copy.deepcopy(self._state(), memo))
-        return new
-
-    def __getstate__(self) -> dict[str, Any]:
-        state = self._state()
-        if state.get("process_group") is not None:
-            state["process_group"] = None
-            warnings.warn(
-                f"{type(self).__name__} is pickled without its process group; set "
-                "layer.process_group after loading, or the default group is used",
-                stacklevel=2,
-            )
-        return state
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)  # type: ignore[no-untyped-call]
-        take_number(self)
 
 
 class SyncBatchNorm1d(SyncBatchNorm, nn.BatchNorm1d):

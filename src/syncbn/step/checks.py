@@ -24,7 +24,7 @@ _LARGEST = torch.finfo(torch.float64).max
 MOST_DIMENSIONS = 64  # of torch's sums, and so of ours
 
 
-def check_options(momentum: float, eps: float) -> None:
+def check_options(momentum: float | None, eps: float) -> None:
     """Refuse a momentum outside [0, 1] and an eps that is not positive and finite."""
     if (
         type(momentum) is float

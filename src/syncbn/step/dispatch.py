@@ -50,11 +50,11 @@ def normalise(
         return _normalise(input, affine, running, options, mode, mask, skipped)
     except Exception as error:
         if not (mode.silent or mode.compiling):
-            _tell_others(options.group, error)
+            tell_others(options.group, error)
         raise
 
 
-def _tell_others(group: Any, error: Exception) -> None:
+def tell_others(group: Any, error: Exception) -> None:
     """That this rank raises: they wait for its message."""
     with suppress(Exception):  # a group that is none, or was destroyed: nobody waits there
         comm = resolve(group)
@@ -71,6 +71,10 @@ def _normalise(
     mask: Tensor | None,
     skipped: Tensor | None,
 ) -> Tensor:
+    if options.layer is None:
+        check_options(running.momentum, options.eps)
+    else:
+        mask = options.layer._checked_mask(input, mask)  # type: ignore[operator]
     if mask is not None:
         check_input(input)
         check_mask(mask, input)
