@@ -56,9 +56,7 @@ def no_driver() -> ExitStack:
     }.items():
         stack.enter_context(mock.patch.object(launch, name, value))
     stack.enter_context(mock.patch("syncbn.kernels.triton.steps.dtypes", launch.dtypes))
-    started = mock.patch.object(
-        torch._C, "_cuda_getCurrentRawStream", lambda device: 0, create=True
-    )
+    started = mock.patch.object(torch._C, "_cuda_getCurrentRawStream", return_value=0, create=True)
     stack.enter_context(started)
     return stack
 

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from ..numerics.moments import Moments
-from ..tensors.inductor import computed_once
+from ..tensors.graphs import computed_once
+from ..tensors.storages import is_dtensor
 
 
 def arithmetic(x: Tensor) -> Tensor:
@@ -59,7 +60,7 @@ def measure_in_one_pass(x: Tensor, wide: torch.dtype) -> Tensor:
 
 
 def has_a_value(x: Tensor) -> bool:
-    """Whether a graph knows that x, whose sizes may be symbols, has one."""
+    """Whether a graph knows that x, whose sizes may be symbols, has one, and has it here."""
     from torch.fx.experimental.symbolic_shapes import guard_or_false  # imports sympy
 
-    return guard_or_false(x.numel() > 0)
+    return not is_dtensor(x) and guard_or_false(x.numel() > 0)

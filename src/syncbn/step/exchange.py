@@ -10,7 +10,7 @@ from torch import Tensor
 from ..comm import WANTS, Communicator
 from ..kernels import Running, SampleKernels, composite
 from ..numerics.moments import merge, stacked, unpack
-from ..tensors.inductor import after
+from ..tensors.graphs import after
 from ..tensors.layout import samplewise_contiguous
 from ..tensors.storages import held_in_graph
 from .identity import Speaker, towards
