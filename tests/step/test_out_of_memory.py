@@ -29,12 +29,10 @@ def state_of(layer):
 def test_state_is_untouched(operation, momentum):
     layer, x = syncbn.SyncBatchNorm(3, momentum=momentum, dtype=torch.float64), torch.randn(4, 3)
     before = state_of(layer)
-    with plain_operations(), mock.patch.object(torch, operation, side_effect=MOST) as called:
-        try:
-            layer(x)
-        except torch.OutOfMemoryError:
-            torch.testing.assert_close(state_of(layer), before, rtol=0, atol=0)
-    assert called.called
+    failing = mock.patch.object(torch, operation, side_effect=MOST)
+    with plain_operations(), failing, pytest.raises(torch.OutOfMemoryError):
+        layer(x)
+    torch.testing.assert_close(state_of(layer), before, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("where", ["forward", "backward"])
