@@ -172,6 +172,27 @@ def test_a_freed_storage_is_refused(stand):
     assert not stand.compiled
 
 
+@pytest.mark.parametrize("layout", ["contiguous", "strided"])
+def test_without_memory_for_the_output_nothing_moves(stand, monkeypatch, layout):
+    def none(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    x = laid_out(torch.randn(4, 8, 6, 6), layout)
+    batches = torch.tensor(0)
+    running = Running(torch.zeros(8), torch.ones(8), batches, None)
+    monkeypatch.setattr(torch, "empty_like", none)
+    for call in (
+        lambda: gpu.batch_norm(x, affine=Affine(), running=running, eps=1e-5),
+        lambda: gpu.normalise(
+            x, torch.zeros(1, 17, dtype=torch.float64), running=running, eps=1e-5
+        ),
+    ):
+        with pytest.raises(torch.OutOfMemoryError):
+            call()
+    assert batches == 0
+    assert "normalise" not in [name for name, *_ in stand.compiled]
+
+
 def test_who_asks_is_told_what_serves_gpus():
     said = kernels.describe()["cuda"]
     if gpu.unavailable():
