@@ -42,7 +42,8 @@ test-composite: $(READY)
 # in its interpreter, and compiled for GPUs that are not here.
 test-kernels: $(READY)
 	TRITON_INTERPRET=1 SYNCBN_KERNELS=triton $(BIN)/python $(PYTEST) tests/kernels/test_triton.py
-	$(BIN)/python $(PYTEST) tests/kernels/test_triton_plan.py tests/kernels/test_triton_launch.py
+	$(BIN)/python $(PYTEST) tests/kernels/test_triton_plan.py tests/kernels/test_triton_launch.py \
+	  tests/project/test_gpu_fusion.py
 	$(BIN)/python tests/kernels/triton_aot.py
 
 # csrc without torch: the loops under AddressSanitizer and UndefinedBehaviorSanitizer, whose
@@ -133,6 +134,7 @@ bench-toy: $(READY)
 	$(BIN)/python benchmarks/cpu.py ranks --quick
 	$(BIN)/python benchmarks/cpu_compilers.py --quick
 	$(BIN)/python benchmarks/gpu_speed.py --quick --rounds 2
+	$(BIN)/python benchmarks/gpu_calls.py --rounds 2 --calls 2
 	$(BIN)/python benchmarks/gpu_check.py --rehearse
 
 # What a GPU alone can show, in five minutes; make gpu-check REHEARSE=1 goes as far on the CPU. It

@@ -1,4 +1,4 @@
-"""What benchmarks/gpu_check.py and benchmarks/gpu_speed.py do; they need torch alone, and Triton.
+"""What benchmarks/gpu_check.py and its neighbours gpu_*.py do; they need torch alone, and Triton.
 
 machine.py    where it runs: a GPU, or the CPU in a rehearsal
 sections.py   sections with budgets, each of which catches its own failure
@@ -9,5 +9,6 @@ networks.py   a small network and its training step; training.py, that over rank
 waits.py      no step waits for the device; CUDA graphs replay what eager does
 peer.py       the second of two ranks, in this one
 tools.py      the project's tests of the kernels; compute-sanitizer
+fusion.py     what torch.compile makes for a GPU that is not here, counted
 speed.py      times on the device and on the host, compiled blocks
 """

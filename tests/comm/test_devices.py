@@ -16,7 +16,7 @@ from torch import nn
 import syncbn
 from support.launches import Others
 from syncbn import kernels
-from syncbn.comm import devices, later, process_group
+from syncbn.comm import devices, groups, later, process_group
 from syncbn.comm import given as given_room
 from syncbn.kernels import triton
 from syncbn.kernels.triton import steps
@@ -334,6 +334,23 @@ def test_a_rank_that_is_one_call_ahead_gets_its_answer(ranks):
                 event.over = True
             with pytest.raises(syncbn.DesyncError):
                 layers["first"](x())
+
+        return on_device(run)
+
+    ranks(2, step)
+
+
+def test_a_group_that_takes_no_such_tensors(ranks):
+    """Refused before any message, on all ranks alike: with another device they go on."""
+
+    def step(rank):
+        def run():
+            with (
+                mock.patch.object(groups, "engine_of", return_value=""),
+                pytest.raises(RuntimeError, match="communicates, got one on cpu; move"),
+            ):
+                model()["first"](x())
+            model()["first"](x())
 
         return on_device(run)
 

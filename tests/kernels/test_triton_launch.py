@@ -12,7 +12,7 @@ from support.launches import Stand
 from syncbn import kernels
 from syncbn.kernels import Affine, Running, Statistics
 from syncbn.kernels import triton as gpu
-from syncbn.kernels.triton import launch
+from syncbn.kernels.triton import launch, steps
 
 
 @pytest.fixture
@@ -170,6 +170,43 @@ def test_a_freed_storage_is_refused(stand):
         with pytest.raises(RuntimeError, match="was freed or shrunk"):
             call()
     assert not stand.compiled
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "strided"])
+def test_without_memory_for_the_output_nothing_moves(stand, monkeypatch, layout):
+    def none(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    x = laid_out(torch.randn(4, 8, 6, 6), layout)
+    batches = torch.tensor(0)
+    running = Running(torch.zeros(8), torch.ones(8), batches, None)
+    monkeypatch.setattr(torch, "empty_like", none)
+    for call in (
+        lambda: gpu.batch_norm(x, affine=Affine(), running=running, eps=1e-5),
+        lambda: gpu.normalise(
+            x, torch.zeros(1, 17, dtype=torch.float64), running=running, eps=1e-5
+        ),
+    ):
+        with pytest.raises(torch.OutOfMemoryError):
+            call()
+    assert batches == 0
+    assert "normalise" not in [name for name, *_ in stand.compiled]
+
+
+def test_a_launch_that_fails_counts_no_batch(stand, monkeypatch):
+    """Of a cumulative average, which counts it beforehand."""
+
+    def failing(*_, **__):
+        raise RuntimeError("no such kernel")
+
+    batches = torch.tensor(3)
+    running = Running(torch.zeros(8), torch.ones(8), batches, None)
+    x, sets = torch.randn(4, 8, 6, 6), torch.zeros(1, 17, dtype=torch.float64)
+    gpu.normalise(x, sets, running=running, eps=1e-5)
+    monkeypatch.setattr(steps, "launch", failing)
+    with pytest.raises(RuntimeError, match="no such kernel"):
+        gpu.normalise(x, sets, running=running, eps=1e-5)
+    assert batches == 4
 
 
 def test_who_asks_is_told_what_serves_gpus():

@@ -33,7 +33,11 @@ FLOORS = (
 )
 # Within a room: who is imported by whom, from the ground up.
 ROOMS = {
-    "tensors": ({"layout", "operators", "prefix", "transforms"}, {"storages"}, {"recomputation"}),
+    "tensors": (
+        {"inductor", "layout", "operators", "prefix", "transforms"},
+        {"storages"},
+        {"graphs", "recomputation"},
+    ),
     "numerics": ({"moments"}, {"reproducible"}),
     "kernels/triton": (
         {"checks", "plan", "tiles"},

@@ -8,14 +8,15 @@ graph and some the same layers without, exchange the same messages.
 from __future__ import annotations
 
 import itertools
-import sys
 import weakref
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..tensors.inductor import lower
 from ..tensors.operators import define
 from .framed import Framed
 from .frames import Received
@@ -114,28 +115,26 @@ def _reduce(
     return comm.reduce(tensor, _caller(comm, layer, direction, channels, reproducible))
 
 
-def _keep_order_in_inductor() -> None:
-    """Let inductor, if it is there, treat the operators as torch's own collectives, whose order it
-    keeps: else it may call those of parallel branches in an order that follows from sizes, which
-    differ between ranks.
+def _keep_order(lowerings: Any, operator: Any) -> Callable[..., Any]:
+    """Let inductor treat an operator as torch's own collectives, whose order it keeps: else it may
+    call those of parallel branches in an order that follows from sizes, which differ between ranks.
     """
-    lowering = sys.modules.get("torch._inductor.lowering")
-    operators = torch.ops.syncbn.gather.default, torch.ops.syncbn.reduce.default
-    if lowering is None or operators[0] in lowering.lowerings:
-        return
     from torch._inductor import ir
 
-    for operator in operators:
+    def lowered(tensor: Any, *others: Any) -> Any:
+        kernel: Any = ir._CollectiveKernel.create_out_of_place(operator, tensor, *others)
+        return ir.TensorBox.create(kernel)
 
-        def lower(tensor: Any, *others: Any, operator: Any = operator) -> Any:
-            kernel: Any = ir._CollectiveKernel.create_out_of_place(operator, tensor, *others)
-            return ir.TensorBox.create(kernel)
+    return lowered
 
-        lowering.register_lowering(operator, type_promotion_kind=None)(lower)
+
+def _keep_order_in_inductor() -> None:
+    for operator in (torch.ops.syncbn.gather.default, torch.ops.syncbn.reduce.default):
+        lower(operator, partial(_keep_order, operator=operator))
 
 
 def _gathered_shape(tensor: Tensor, layer: Tensor | None, comm: str, size: int, *_: Any) -> Tensor:
-    _keep_order_in_inductor()  # which asks for shapes before it compiles
+    _keep_order_in_inductor()
     return tensor.new_empty(size, *tensor.shape)
 
 

@@ -154,6 +154,18 @@ def engine_of(group: dist.ProcessGroup, device: str = "cpu") -> str:
     return known[device]
 
 
+def refuse_device(group: dist.ProcessGroup, device: str) -> str:
+    """Why the group takes no tensors of this type of device, and what to do; "" where it does."""
+    if engine_of(group, device):
+        return ""
+    kinds = " and ".join(kind.type for kind in group._device_types)
+    return (
+        f"expected tensors on {kinds}, where the group ({dist.get_backend(group)}) communicates, "
+        f"got one on {device}; move the model and its input there, or make a group for both, as "
+        'init_process_group("cpu:gloo,cuda:nccl") does'
+    )
+
+
 def store_of(group: dist.ProcessGroup, name: str) -> Any:
     """A part of the store that the group's ranks met in."""
     c10d: Any = dist.distributed_c10d

@@ -17,7 +17,7 @@ from torch import Tensor
 from .channel import Channel, find_channel
 from .framed import Framed
 from .frames import Frames, Swapped, Unsent
-from .groups import engine_of, has_private, private, store_of, timeout_of
+from .groups import engine_of, has_private, private, refuse_device, store_of, timeout_of
 from .waiting import SLICE, Notes, StoreNotes, limit_of
 
 EXCHANGES = ("torch", "shared_memory")  # of SYNCBN_EXCHANGE
@@ -166,6 +166,8 @@ class ProcessGroup(Framed):
 
     def _run(self, operation: str, collective: Callable[..., Any], *tensors: Any) -> None:
         """``collective(*tensors)`` in this group's private clone."""
+        if why := refuse_device(self.group, tensors[-1].device.type):
+            raise Unsent(f"ProcessGroup: {operation} on rank {self.rank} of {self.size}: {why}")
         waiting = True  # for other ranks: their absence may be the cause of an error
         try:
             if not has_private(self.group):

@@ -32,6 +32,14 @@ from torch import Tensor
 from ..numerics import reproducible
 from ..numerics.moments import Moments, inverse_deviation, merge, unpack, wide_dtype
 from ..tensors.layout import check_samples
+from .channels import (
+    arithmetic,
+    coefficients,
+    has_a_value,
+    measure_in_one_pass,
+    per_channel,
+    sum_per_channel,
+)
 from .interface import NO_AFFINE, NO_RUNNING, Affine, Running, Statistics
 
 NAME = "composite"
@@ -56,19 +64,21 @@ def measure(x: Tensor, mask: Tensor | None = None) -> Tensor:
     mask: (N, *) bool, or None; only values where it is True count, the others are zero.
     """
     wide = wide_dtype(x.device)
+    if mask is None and torch.compiler.is_compiling() and has_a_value(x):
+        return measure_in_one_pass(x, wide)
     whole = x.new_full((), x.numel() // x.shape[1], dtype=wide)
     count = whole if mask is None else mask.sum(dtype=wide)
     divisor = count.clamp_min(1)
-    values = _arithmetic(x)
-    shift = (_sum(values.detach(), wide) / divisor).to(values.dtype)
+    values = arithmetic(x)
+    shift = (sum_per_channel(values.detach(), wide) / divisor).to(values.dtype)
     shift = shift.nan_to_num(0, 0, 0)  # of ∞ the differences would be no numbers, of anything ∞
-    centred = values - _per_channel(shift, x)
+    centred = values - per_channel(shift, x)
     if mask is not None:
         centred = torch.where(mask.unsqueeze(1), centred, 0.0)
-    delta = _sum(centred, wide) / divisor
+    delta = sum_per_channel(centred, wide) / divisor
     # delta is small against the deviation: where its square is infinite, the sum is more so.
     lacking = (count * delta.square()).clamp_max(torch.finfo(wide).max)
-    m2 = _sum(centred.square(), wide) - lacking
+    m2 = sum_per_channel(centred.square(), wide) - lacking
     return Moments(count, shift.to(wide) + delta, m2.clamp_min(0)).pack()
 
 
@@ -89,37 +99,27 @@ def normalise(
     """
     weight, bias = affine
     merged = merge(unpack(sets))
-    count, mean, m2 = merged
+    count, mean, _ = merged
     invstd = inverse_deviation(merged, eps)
-    with torch.no_grad():
-        if running.batches is not None:
-            running.batches.add_(1)
-        if running.momentum is None:
-            rate = 0.0 if running.batches is None else 1 / running.batches.to(count.dtype)
-        else:
-            rate = running.momentum
-        step = rate * (count > 0).to(count.dtype)
-        if running.momentum != 0:  # 0·∞ would be no number
-            _move(running.mean, mean, step)
-            _move(running.var, m2 / (count - 1).clamp_min(1), step)
-    values = _arithmetic(x)
+    values = arithmetic(x)
     shift = mean.to(values.dtype)
     scale = invstd if weight is None else invstd * weight.to(invstd.dtype)
     offset = (shift.to(mean.dtype) - mean) * scale
     if bias is not None:
         offset = offset + bias.to(offset.dtype)
-    centred = values - _per_channel(shift, x)
-    y = torch.addcmul(_per_channel(offset, x), centred, _per_channel(scale, x))
-    return y.to(x.dtype), Statistics(mean, invstd, count)
+    shift, scale, offset = coefficients(x, shift, scale, offset)
+    y = torch.addcmul(offset, values - shift, scale).to(x.dtype)
+    _move_all(running, merged)  # once there is memory for y
+    return y, Statistics(mean, invstd, count)
 
 
 def gradient_sums(dy: Tensor, x: Tensor, statistics: Statistics) -> Tensor:
     """(Σdy, Σdy·x̂) per channel, (2, C), where x̂ = (x − mean)·invstd. dy, x: (N, C, *)."""
     mean, invstd, _ = statistics
-    gradients, values = _arithmetic(dy), _arithmetic(x)
+    gradients, values = arithmetic(dy), arithmetic(x)
     shift = mean.to(values.dtype)
-    total = _sum(gradients, mean.dtype)
-    dot = _sum(gradients * (values - _per_channel(shift, x)), mean.dtype)
+    total = sum_per_channel(gradients, mean.dtype)
+    dot = sum_per_channel(gradients * (values - coefficients(x, shift)[0]), mean.dtype)
     return torch.stack((total, (dot + (shift.to(mean.dtype) - mean) * total) * invstd))
 
 
@@ -131,19 +131,20 @@ def input_gradient(
     sums: (2, C) the gradient sums of all sets together, as n, their count, is.
     """
     mean, invstd, count = statistics
-    values = _arithmetic(x)
+    values = arithmetic(x)
     shift = mean.to(values.dtype)
     scale = invstd if weight is None else invstd * weight.to(invstd.dtype)
     average, projection = sums / count.clamp_min(1)
     slope = -projection * invstd
     offset = ((shift.to(mean.dtype) - mean) * slope - average) * scale
-    centred = values - _per_channel(shift, x)
+    shift, slope, scale, offset = coefficients(x, shift, slope, scale, offset)
+    centred = values - shift
     # The scale comes last: its product with the slope has the square of invstd, which underflows.
     if dy.stride() == x.stride():
-        projected = torch.addcmul(_arithmetic(dy), centred, _per_channel(slope, x))
+        projected = torch.addcmul(arithmetic(dy), centred, slope)
     else:  # the same, but for the order of dimensions: addcmul's is that of its first operand
-        projected = centred * _per_channel(slope, x) + _arithmetic(dy)
-    dx = torch.addcmul(_per_channel(offset, x), projected, _per_channel(scale, x))
+        projected = centred * slope + arithmetic(dy)
+    dx = torch.addcmul(offset, projected, scale)
     return dx.to(x.dtype)
 
 
@@ -194,29 +195,20 @@ def _samples(x: Tensor, lengths: Tensor | None) -> Sequence[Tensor]:
     return samples
 
 
-def _arithmetic(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()
-
-
-def _reduced(x: Tensor) -> tuple[int, ...]:
-    return (0, *range(2, x.dim()))
-
-
-def _sum(values: Tensor, wide: torch.dtype) -> Tensor:
-    """Sum per channel: pairwise in float32 along memory, wide over what is left.
-
-    torch adds pairwise along runs in memory, but one by one over samples and in unusual layouts.
-    """
-    usual = values.is_contiguous() or (values.dim() > 3 and values.movedim(1, -1).is_contiguous())
-    if values.dim() == 2 or not usual:
-        return values.sum(_reduced(values), dtype=wide)
-    return values.sum(_reduced(values)[1:]).sum(0, dtype=wide)
-
-
-def _per_channel(values: Tensor, x: Tensor) -> Tensor:
-    """(C,) in the dtype of the arithmetic on x and shaped to broadcast against x."""
-    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    return values.to(dtype).view(1, -1, *(1,) * (x.dim() - 2))
+@torch.no_grad()
+def _move_all(running: Running, merged: Moments) -> None:
+    """Count a batch, and move the running statistics towards its own."""
+    count, mean, m2 = merged
+    if running.batches is not None:
+        running.batches.add_(1)
+    if running.momentum is None:
+        rate = 0.0 if running.batches is None else 1 / running.batches.to(count.dtype)
+    else:
+        rate = running.momentum
+    step = rate * (count > 0).to(count.dtype)
+    if running.momentum != 0:  # 0·∞ would be no number
+        _move(running.mean, mean, step)
+        _move(running.var, m2 / (count - 1).clamp_min(1), step)
 
 
 def _move(running: Tensor | None, target: Tensor, step: Tensor) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor
 from ..comm import WANTS, Communicator
 from ..kernels import Running, SampleKernels, composite
 from ..numerics.moments import merge, stacked, unpack
+from ..tensors.graphs import after
 from ..tensors.layout import samplewise_contiguous
 from ..tensors.storages import held_in_graph
 from .records import Normalised, Part
@@ -72,7 +73,7 @@ class Exchange:
         ]
         own = sums[0] if len(sums) == 1 else stacked(sums).sum(0)
         total = towards("backward", self.comm, compiling).all_reduce(own)
-        return Sums(_after(total, sums) if compiling else sums, total)
+        return Sums(after(total, sums) if compiling else sums, total)
 
     def _measure(self, parts: Sequence[Part]) -> Tensor:
         """What this rank has to tell of its parts: a tensor of one dimension."""
@@ -90,13 +91,6 @@ def _held_in_graph(own: Tensor, part: Part, running: Running) -> Tensor:
     read = {"input": x, "weight": weight, "bias": bias}
     moved = {"running_mean": running.mean, "running_var": running.var}
     return held_in_graph({"moments": own}, read | moved)[0]
-
-
-def _after(total: Tensor, sums: Sequence[Tensor]) -> Sequence[Tensor]:
-    """A rank's own sums, once there are those of all ranks: a graph leaves out a message that
-    nothing depends on, as where this rank's input wants no gradient.
-    """
-    return held_in_graph({"sums": sums[0]}, {"the sums of all ranks": total})
 
 
 class ReproducibleExchange(Exchange):
@@ -118,7 +112,7 @@ class ReproducibleExchange(Exchange):
         own = samples.total_samples(sent.unsqueeze(0))
         received = towards("backward", self.comm, compiling).all_gather(sent)
         total = samples.total_samples(received)
-        return Sums(_after(total, (own,)) if compiling else (own,), total)
+        return Sums(after(total, (own,)) if compiling else (own,), total)
 
     def _measure(self, parts: Sequence[Part]) -> Tensor:
         (part,) = parts

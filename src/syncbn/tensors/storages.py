@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from .inductor import input_behind, lower
 from .operators import define
 from .transforms import unwrapped
 
@@ -57,11 +60,29 @@ def _held(copied: list[Tensor], others: list[Tensor], names: list[str]) -> list[
     return [tensor.clone() for tensor in copied]
 
 
-define(
-    "held(Tensor[] copied, Tensor[] others, str[] names) -> Tensor[]",
-    _held,
-    lambda copied, *_: [torch.empty_like(tensor) for tensor in copied],
-)
+def _held_shapes(copied: list[Tensor], *_: Any) -> list[Tensor]:
+    lower(torch.ops.syncbn.held.default, _look_at_inputs_alone)
+    return [torch.empty_like(tensor) for tensor in copied]
+
+
+def _look_at_inputs_alone(lowerings: Any) -> Callable[..., Any]:
+    """What a graph of inductor's computes nobody frees: to be looked at it would have to be written
+    to memory first, and could not fuse.
+    """
+    operator = torch.ops.syncbn.held.default
+    call = lowerings.fallback_handler(operator, add_to_fallback_set=False)
+
+    def lowered(copied: Any, others: Any, names: Any) -> Any:
+        inputs = [input_behind(tensor) for tensor in others]
+        pairs = zip(inputs, names[len(copied) :], strict=True)
+        given = [(tensor, name) for tensor, name in pairs if tensor is not None]
+        looked_at = [*names[: len(copied)], *(name for _, name in given)]
+        return call(copied, [tensor for tensor, _ in given], looked_at)
+
+    return lowered
+
+
+define("held(Tensor[] copied, Tensor[] others, str[] names) -> Tensor[]", _held, _held_shapes)
 
 
 def _innermost(tensor: Tensor) -> Tensor:

@@ -108,12 +108,13 @@ def normalise(
     count = x.new_empty((), dtype=torch.float64)
     lain, plan = layout.planned(x)
     fit, moved = checks.fit_layer("normalise", x, affine, running)
+    room = layout.room(x, lain)
     y = steps.normalise(
         lain, sets, plan, affine=fit, running=moved, eps=eps, saved=saved, count=count
     )
     _copy_back(running, moved)
     mean, invstd = saved.unbind()
-    return y if lain is x else layout.restored(y, x), Statistics(mean, invstd, count)
+    return y if room is None else room.copy_(y), Statistics(mean, invstd, count)
 
 
 def batch_norm(x: Tensor, *, affine: Affine, running: Running, eps: float) -> tuple[Tensor, Tensor]:
@@ -122,9 +123,10 @@ def batch_norm(x: Tensor, *, affine: Affine, running: Running, eps: float) -> tu
     lain, plan = layout.planned(x)
     fit, moved = checks.fit_layer("batch_norm", x, affine, running)
     sets = steps.measure(lain, plan).unsqueeze(0)
+    room = layout.room(x, lain)
     y = steps.normalise(lain, sets, plan, affine=fit, running=moved, eps=eps, saved=saved)
     _copy_back(running, moved)
-    return y if lain is x else layout.restored(y, x), saved
+    return y if room is None else room.copy_(y), saved
 
 
 def _copy_back(running: Running, moved: Running) -> None:

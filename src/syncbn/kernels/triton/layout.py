@@ -52,6 +52,13 @@ def like(dy: Tensor, x: Tensor) -> Tensor:
     return dy if last is wanted or (one_value and last is not None) else laid(x.stride(), dy)
 
 
+def room(x: Tensor, lain: Tensor) -> Tensor | None:
+    """Memory for a result like x, where the kernels get a copy of it: taken before they change
+    anything, as there may be none.
+    """
+    return None if lain is x else torch.empty_like(x)
+
+
 def restored(result: Tensor, x: Tensor) -> Tensor:
     """A result for a copy of x, with the strides of torch.empty_like(x)."""
     return laid(strides_like(x), result)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+
 import torch
 from torch import Tensor
 
@@ -45,20 +48,27 @@ def normalise(
     weight, bias = affine
     mean, var, batches, momentum = running
     cumulative = momentum is None and batches is not None
-    if batches is not None and cumulative:
-        batches.add_(1)  # a launch of its own, for all programs to read
     if not (momentum or cumulative):  # zero times an infinite mean would be no number
         momentum, mean, var = 0.0, None, None
     few = power_of_two(number)
     block = min(few, max(1, _MERGED // plan.width)) if plan.last else few
-    _launch(
-        "normalise",
-        plan,
-        (x, y, sets, weight, bias, mean, var, batches, saved, count),
-        (*plan[:6], sets.stride(0), number, momentum or 0.0, eps),
-        (block, number <= block, cumulative),
-    )
+    tensors = x, y, sets, weight, bias, mean, var, batches, saved, count
+    numbers = *plan[:6], sets.stride(0), number, momentum or 0.0, eps
+    constants = block, number <= block, cumulative
+    with _counted(batches) if batches is not None and cumulative else nullcontext():
+        _launch("normalise", plan, tensors, numbers, constants)
     return y
+
+
+@contextmanager
+def _counted(batches: Tensor) -> Iterator[None]:
+    """With one batch more, in a launch of its own, for all programs to read; unless this fails."""
+    batches.add_(1)
+    try:
+        yield
+    except Exception:
+        batches.sub_(1)
+        raise
 
 
 def merge_sets(sets: Tensor) -> Tensor:
