@@ -258,3 +258,33 @@ def test_one_that_is_gone_is_named(tmp_path, engine, end):
         text = heard[rank].stdout
         assert "rank 1" in text, heard
         assert "in layer 'SyncBatchNorm1d 1'" in text
+
+
+STOPPED = """
+import os, signal, sys
+import torch
+import torch.distributed as dist
+import syncbn
+
+rank, folder = int(os.environ["RANK"]), sys.argv[1]
+dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+layer = syncbn.SyncBatchNorm1d(2)
+layer(torch.randn(4, 2))
+if rank == 0:
+    open(folder + "/pid", "w").write(str(os.getpid()))
+    with syncbn.timeout(1):
+        layer(torch.randn(4, 2))
+look = f"sleep 7; kill -0 $(cat {folder}/pid) && touch {folder}/hangs; kill -KILL {os.getpid()}"
+os.system(f"({look}) &")
+os.kill(os.getpid(), signal.SIGSTOP)
+"""
+
+
+def test_a_rank_that_has_waited_in_vain_can_end(tmp_path):
+    """gloo, when it is freed, would wait for the message until the group's timeout of half an hour,
+    or until the other rank has ended.
+    """
+    ended, _ = execute(STOPPED, str(tmp_path), ranks=2, timeout=60, SYNCBN_EXCHANGE="torch")
+    assert "rank 1 has not arrived within 1 s" in ended.stderr
+    assert ended.code == 1
+    assert not (tmp_path / "hangs").exists()

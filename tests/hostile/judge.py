@@ -114,11 +114,14 @@ def expect(drawn: Drawn, x: Tensor, dy: Tensor) -> tuple[dict[str, Tensor], dict
             var = (1 - rate) * var + rate * judged.unbiased_var
     found |= {"mean": mean[None], "var": var[None]}
     found |= {name: found[name][None] for name in ("dweight", "dbias")}
-    spread = (dy * normal).abs().sum(0)
-    rounded = largest(x) * invstd * 1e-4  # of a mean in float64, against its tolerance
+    # Against a tolerance of it: a mean in float64, and what differences of float32 leave off.
+    grain = 0.0 if drawn.x.dtype == torch.float64 else 2.0**-149 * 1e6
+    rounded = (largest(x) * 1e-4 + grain) * invstd
+    spread = (dy.abs() * (normal.abs() + rounded)).sum(0)
     scales = {
         "y": largest(normal * w) + b.abs() + rounded * w.abs(),
-        "dx": (w * invstd).abs() * (largest(dy) + largest(normal) * spread / max(len(x), 1)),
+        "dx": (w * invstd).abs()
+        * (largest(dy) + (largest(normal) + rounded) * spread / max(len(x), 1)),
         "dweight": spread,
         "dbias": dy.abs().sum(0),
         "mean": largest(x) * rate + mean.abs(),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import ctypes
 import multiprocessing
 import os
 import signal
@@ -94,3 +95,8 @@ def _is_caught(number: int) -> bool:
             if name == "SigCgt":
                 return bool(int(value, 16) >> (number - 1) & 1)
     return False
+
+
+def outlive(thing: object) -> None:
+    """Never free an object, not even at the interpreter's end, whose freeing would wait."""
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(thing))

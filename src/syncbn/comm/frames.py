@@ -59,6 +59,10 @@ class Unsent(RuntimeError):
     """A message that no other rank knows of."""
 
 
+class InVain(RuntimeError):
+    """Why to wait no longer, in words that need no others."""
+
+
 class Received(NamedTuple):
     """rows: every rank's tensor (W, *); flags: every rank's; on a device (W,)."""
 

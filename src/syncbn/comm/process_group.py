@@ -15,8 +15,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .channel import Channel, find_channel
+from .endings import outlive
 from .framed import Framed
-from .frames import Frames, Swapped, Unsent
+from .frames import Frames, InVain, Swapped, Unsent
 from .groups import engine_of, has_private, private, refuse_device, store_of, timeout_of
 from .waiting import SLICE, Notes, StoreNotes, limit_of
 
@@ -180,7 +181,7 @@ class ProcessGroup(Framed):
                 self._wait(work, operation)
             else:  # asynchronous, NCCL's would take a stream of their own
                 collective(*tensors, group=group)
-        except _InVain as error:
+        except InVain as error:
             raise RuntimeError(str(error)) from None
         except RuntimeError as error:
             text, unsent = self._failure(operation, error, waiting)
@@ -207,7 +208,7 @@ class ProcessGroup(Framed):
         try:
             self._frames.look(operation, waited, longest)
         except RuntimeError as error:
-            raise _InVain(str(error)) from None
+            raise InVain(str(error)) from None
 
     def _wait(self, work: dist.Work, operation: str) -> None:
         """Until the work is done, looking every second for a reason why it will not be."""
@@ -224,8 +225,11 @@ class ProcessGroup(Framed):
                 if work.is_completed():  # meanwhile, rightly or not
                     work.wait()
                     return
-            waited = time.monotonic() - began
-            self._look(operation, waited, longest)
+            try:
+                self._look(operation, time.monotonic() - began, longest)
+            except InVain:
+                outlive(private(self.group))  # it would end with its last message, or its timeout
+                raise
 
     def _failure(self, operation: str, error: RuntimeError, waiting: bool) -> tuple[str, bool]:
         """The backends' errors name neither operation nor ranks. And whether nothing was sent."""
@@ -243,7 +247,3 @@ class ProcessGroup(Framed):
 
     def _direct(self, tensor: Tensor) -> bool:
         return tensor.device.type == "cpu" and self.size <= self.direct_exchange_max_size
-
-
-class _InVain(RuntimeError):
-    """Why to wait no longer, in words that need no others."""
