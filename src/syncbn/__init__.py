@@ -4,7 +4,8 @@
     model = DistributedDataParallel(model)
 
 Layers: SyncBatchNorm, SyncBatchNorm1d/2d/3d and their Lazy forms. Function: sync_batch_norm.
-Models: convert, revert, register_conversion; DataParallel, several devices in one process.
+Models: convert, revert, register_conversion; DataParallel, several devices in one process; freeze,
+unfreeze.
 Padding: masking, mask_from_lengths. Loaders of different lengths: until_all_done. Who takes part,
 and how they talk (through memory, where they are processes of one host): comm. The arithmetic, and
 its specification in plain torch operations (kernels.composite): kernels.
@@ -33,6 +34,8 @@ from .models import data_parallel as _data_parallel
 from .models import registry as _registry
 from .models.convert import convert, revert
 from .models.data_parallel import DataParallel
+from .models.freezing import Frozen as _Frozen
+from .models.freezing import freeze, unfreeze
 from .models.masking import masking
 from .models.registry import register_conversion
 from .step.masked import mask_from_lengths
@@ -51,6 +54,7 @@ __all__ = [
     "__version__",
     "comm",
     "convert",
+    "freeze",
     "kernels",
     "mask_from_lengths",
     "masking",
@@ -59,6 +63,7 @@ __all__ = [
     "sync_batch_norm",
     "timeout",
     "trace",
+    "unfreeze",
     "until_all_done",
 ]
 
@@ -69,6 +74,7 @@ for _name in __all__:
 # What a converted layer keeps of the class that it had: its pickles name this.
 _Origin = _registry.Origin
 _Origin.__module__, _Origin.__qualname__ = __name__, "_Origin"
+_Frozen.__module__, _Frozen.__qualname__ = __name__, "_Frozen"  # and what froze one
 # Pickles of 0.1.0 name files.
 for _name, _module in (
     ("data_parallel", _data_parallel),

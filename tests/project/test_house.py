@@ -54,7 +54,7 @@ ROOMS = {
     "batches": ({"nested"}, {"empty", "scatter", "transfer"}, {"uneven"}),
     "models": (
         {"graphs", "names", "quantisation", "registry", "replicate"},
-        {"data_parallel", "masking"},
+        {"data_parallel", "freezing", "masking"},
         {"convert"},
     ),
 }
