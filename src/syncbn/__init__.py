@@ -20,6 +20,8 @@ from .batches.uneven import until_all_done
 from .comm.frames import DesyncError
 from .comm.tracing import trace
 from .comm.waiting import timeout
+from .diagnose.buffers import sync_buffers
+from .diagnose.recalibrate import recalibrate
 from .layers import lazy as _lazy
 from .layers import modules as _modules
 from .layers.functional import sync_batch_norm
@@ -58,9 +60,11 @@ __all__ = [
     "kernels",
     "mask_from_lengths",
     "masking",
+    "recalibrate",
     "register_conversion",
     "revert",
     "sync_batch_norm",
+    "sync_buffers",
     "timeout",
     "trace",
     "unfreeze",

@@ -43,9 +43,11 @@ def assert_frozen(model: nn.Module, expected: nn.Module) -> None:
 def test_running_statistics_are_used_and_stay_through_train(convert):
     model = network(convert)
     assert syncbn.freeze(model) is model
-    assert model.training and not model[3].training
+    assert model.training
+    assert not model[3].training
     assert_frozen(model, network())
-    assert model[0].training and not model.train()[3].training
+    assert model[0].training
+    assert not model.train()[3].training
 
 
 COPIES = {
@@ -73,7 +75,8 @@ def test_a_copy_thaws_by_itself():
     model = syncbn.freeze(network(), affine=True)
     other = syncbn.unfreeze(copy.deepcopy(model))
     other.train()(batch())
-    assert other[3].num_batches_tracked == 1 and other[3].weight.requires_grad
+    assert other[3].num_batches_tracked == 1
+    assert other[3].weight.requires_grad
     assert_frozen(model, network())
     assert not model[3].weight.requires_grad
 
@@ -92,7 +95,8 @@ def test_unfreeze_leaves_no_trace(convert):
     syncbn.unfreeze(syncbn.freeze(model, affine=True))
     assert_same(before, snapshot(model))
     assert [p.requires_grad for p in model.parameters()] == [True, True, False, *[True] * 5]
-    assert not model[3].training and model[0][1].training
+    assert not model[3].training
+    assert model[0][1].training
 
 
 def test_an_unfrozen_layer_is_in_the_mode_that_it_was_told_last():
@@ -150,7 +154,9 @@ class WithActivation(nn.BatchNorm2d):
 
 def test_what_a_layer_holds_follows_the_mode():
     layer = syncbn.freeze(WithActivation(3))
-    assert layer.train() is layer and layer.drop.training and not layer.training
+    assert layer.train() is layer
+    assert layer.drop.training
+    assert not layer.training
     assert not layer.eval().drop.training
 
 
@@ -158,7 +164,8 @@ def test_what_a_layer_holds_follows_the_mode():
 def test_every_class(torchs, ours):
     for cls in (torchs, ours):
         layer = syncbn.freeze(cls(3)).train()
-        assert not layer.training and is_frozen(layer)
+        assert not layer.training
+        assert is_frozen(layer)
 
 
 @pytest.mark.parametrize("cls", [nn.LazyBatchNorm2d, *LAZY.values()])
@@ -166,7 +173,8 @@ def test_a_lazy_layer_stays_frozen_when_it_sees_its_input(cls):
     layer = syncbn.freeze(cls())
     shape = {"1d": (4, 3), "3d": (4, 3, 2, 2, 2)}.get(cls.__name__[-2:], (4, 3, 2, 2))
     layer.train()(torch.randn(shape) + 5)
-    assert is_frozen(layer) and not layer.running_mean.any()
+    assert is_frozen(layer)
+    assert not layer.running_mean.any()
     assert "Lazy" not in type(layer).__name__
 
 
@@ -207,7 +215,8 @@ def test_a_frozen_model_scripts_and_exports():
 def test_a_model_without_batch_norm_is_left_as_it_is():
     model = nn.Linear(2, 2)
     assert syncbn.unfreeze(syncbn.freeze(model, affine=True)) is model
-    assert model.weight.requires_grad and model.training
+    assert model.weight.requires_grad
+    assert model.training
 
 
 def test_layers_without_statistics_are_refused_by_name():

@@ -50,11 +50,15 @@ ROOMS = {
         {"dispatch"},
     ),
     "layers": ({"functional"}, {"modules"}, {"lazy"}),
-    "diagnose": ({"traces"}, {"desync"}),
+    "diagnose": (
+        {"agreement", "progress", "traces"},
+        {"buffers", "desync", "recalibrate"},
+    ),
     "batches": ({"nested"}, {"empty", "scatter", "transfer"}, {"uneven"}),
     "models": (
         {"graphs", "names", "quantisation", "registry", "replicate"},
         {"data_parallel", "freezing", "masking"},
+        {"measuring"},
         {"convert"},
     ),
 }

@@ -1,4 +1,4 @@
-"""freeze() and unfreeze(): layers whose running statistics are used, and stay, whatever train() says.
+"""freeze() and unfreeze(): running statistics that are used, and stay, whatever train() says.
 
 A frozen layer has a ``train`` of its own, in place of its class's. So it stays the same object of
 the same class, with the same state dict; copies, pickles, convert and revert take that along.
@@ -95,9 +95,7 @@ def freeze(
     return module
 
 
-def unfreeze(
-    module: ModuleT, where: Callable[[str, nn.Module], bool] | None = None
-) -> ModuleT:
+def unfreeze(module: ModuleT, where: Callable[[str, nn.Module], bool] | None = None) -> ModuleT:
     """Undo :func:`freeze`: layers are in the mode that they were told last, and statistics move.
 
     Where freeze stopped gradients of weight and bias, these want them again as they did before.
