@@ -34,6 +34,7 @@ from .layers.lazy import (
 from .layers.modules import SyncBatchNorm, SyncBatchNorm1d, SyncBatchNorm2d, SyncBatchNorm3d
 from .models import data_parallel as _data_parallel
 from .models import registry as _registry
+from .models.accumulating import accumulating
 from .models.convert import convert, revert
 from .models.data_parallel import DataParallel
 from .models.freezing import Frozen as _Frozen
@@ -54,6 +55,7 @@ __all__ = [
     "SyncBatchNorm2d",
     "SyncBatchNorm3d",
     "__version__",
+    "accumulating",
     "comm",
     "convert",
     "freeze",

@@ -43,6 +43,7 @@ ROOMS = {
     ),
     "step": (
         {"checks", "collectives", "identity", "masked", "mode"},
+        {"accumulation"},
         {"derivatives", "records", "tracking"},
         {"exchange", "transformed"},
         {"function"},
@@ -59,6 +60,7 @@ ROOMS = {
         {"graphs", "names", "quantisation", "registry", "replicate"},
         {"data_parallel", "freezing", "masking"},
         {"measuring"},
+        {"accumulating"},
         {"convert"},
     ),
 }

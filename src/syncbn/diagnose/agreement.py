@@ -9,11 +9,9 @@ from zlib import crc32
 import torch
 import torch.nn as nn
 from torch import Tensor
-from torch.nn.parameter import is_lazy
 
 from ..comm import Communicator, device_of, numbers_of_all
 from ..numerics.moments import wide_dtype
-from ..tensors.storages import is_dtensor
 
 # Numbers that a rank receives at once: 8 MB, and all layers of a usual model.
 _RECEIVED = 1 << 20
@@ -22,21 +20,6 @@ _RECEIVED = 1 << 20
 def check_model(operation: str, model: object) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"{operation}: expected a torch.nn.Module, got {type(model).__name__}")
-
-
-def check_layers(operation: str, layers: Mapping[str, Any]) -> None:
-    """Refuse layers that have no numbers yet, or only a part of them."""
-    for name, layer in layers.items():
-        if is_lazy(layer.running_mean):
-            raise ValueError(
-                f"{operation}: expected initialised layers, got the lazy {name!r}, which has not "
-                "seen its first input; run a batch through the model first"
-            )
-        if is_dtensor(layer.running_mean):
-            raise TypeError(
-                f"{operation}: expected plain running statistics, got a DTensor in layer {name!r}; "
-                "leave the layer's buffers out of distribute_module"
-            )
 
 
 def check_alike(operation: str, comm: Communicator, layers: Mapping[str, Any]) -> None:

@@ -9,8 +9,8 @@ import torch.nn as nn
 from torch import Tensor
 
 from ..comm import resolve
-from ..models.measuring import layers_with_statistics
-from .agreement import check_alike, check_layers, check_model, rows_of_all
+from ..models.measuring import check_statistics, layers_with_statistics
+from .agreement import check_alike, check_model, rows_of_all
 
 _COUNTERS = "num_batches_tracked", "num_batches_skipped"
 
@@ -48,7 +48,7 @@ def sync_buffers(model: nn.Module, *, process_group: Any = None) -> None:
     """
     check_model("sync_buffers", model)
     comm, layers = resolve(process_group), layers_with_statistics(model, frozen=True)
-    check_layers("sync_buffers", layers)
+    check_statistics("sync_buffers", layers)
     check_alike("sync_buffers", comm, layers)
     if comm.size == 1:
         return

@@ -15,9 +15,14 @@ from torch.nn.utils.rnn import PackedSequence
 
 from ..batches.uneven import Steps, until_all_done
 from ..comm import Communicator, Framed, resolve
-from ..models.measuring import layers_with_statistics, measuring, statistics_kept
+from ..models.measuring import (
+    check_statistics,
+    layers_with_statistics,
+    measuring,
+    statistics_kept,
+)
 from ..numerics.moments import Moments, merge, unpack
-from .agreement import check_alike, check_layers, check_model, rows_of_all
+from .agreement import check_alike, check_model, rows_of_all
 from .progress import bar, check_progress
 
 
@@ -89,7 +94,7 @@ def recalibrate(
     if progress:
         check_progress("recalibrate")
     comm, layers = resolve(process_group), layers_with_statistics(model)
-    check_layers("recalibrate", layers)
+    check_statistics("recalibrate", layers)
     check_alike("recalibrate", comm, layers)
     if not layers:
         return

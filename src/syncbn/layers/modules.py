@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 import torch.nn as nn
 from torch import Tensor
@@ -12,6 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..comm import LOCAL, Unplaced, default_group, resolve
 from ..kernels import Affine, Running
+from ..step.accumulation import Accumulator
 from ..step.checks import check_dims, check_input, check_options, check_shape, checked_dtype
 from ..step.dispatch import normalise
 from ..step.identity import Number, take_number
@@ -21,8 +22,6 @@ from ..step.tracking import skip_nonfinite, skips_nonfinite
 from ..tensors.recomputation import withhold
 
 if TYPE_CHECKING:
-    from typing import NoReturn
-
     from typing_extensions import Self
 
 
@@ -73,6 +72,7 @@ class SyncBatchNorm(_BatchNorm):
     skip_nonfinite = property(skips_nonfinite, skip_nonfinite)
     _bn_momentum_patched = True  # pytorch-pfn-extras' checkpoint asks: one move is one move here
     _identity: Number | str  # see step/identity.py
+    _accumulator: Accumulator | None = None  # accumulating()'s
     _mask_sources = cast(tuple[tuple[list[str], Any], ...], ())  # masking()'s, from the outermost
     _shapes: str = "(N, C, *)"
     _dims: tuple[int, ...] = ()
@@ -153,9 +153,8 @@ class SyncBatchNorm(_BatchNorm):
 
     def reset_running_stats(self) -> None:
         super().reset_running_stats()
-        skipped = self._buffers.get("num_batches_skipped")
-        if skipped is not None:
-            skipped.zero_()
+        if skips_nonfinite(self):
+            self.get_buffer("num_batches_skipped").zero_()
 
     def reset_parameters(self) -> None:
         self.reset_running_stats()
@@ -200,8 +199,9 @@ class SyncBatchNorm(_BatchNorm):
         return replica
 
     def _state(self) -> dict[str, Any]:
-        """What copies take over: masks belong to a context around this layer, a number to it."""
-        own = {"_mask_sources": tuple, "_identity": Number, "_token": Tensor}
+        """What copies take over: some belongs to a context around this layer, a number to it."""
+        own = {"_mask_sources": tuple, "_accumulator": Accumulator}
+        own |= {"_identity": Number, "_token": Tensor}
         return {k: v for k, v in vars(self).items() if k not in own or not isinstance(v, own[k])}
 
     def __copy__(self) -> Self:

@@ -5,7 +5,6 @@ Hooks see every kind of layer, torch's and foreign ones among them, however it n
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -13,10 +12,11 @@ from typing import Any
 import torch
 import torch.nn as nn
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 from ..kernels import select_kernels
 from ..layers.modules import SyncBatchNorm
-from ..numerics.moments import merge, unpack
+from ..numerics.moments import Merged
 from ..step.checks import FLOATING
 from ..step.masked import check_mask, resolve_mask, select_valid
 from ..step.tracking import skips_nonfinite
@@ -24,21 +24,6 @@ from ..tensors.recomputation import recomputing
 from ..tensors.storages import is_dtensor
 from .freezing import is_frozen
 from .registry import is_candidate
-
-
-class Measured:
-    """The moments of all inputs of one layer so far: packed (1 + 2C,), or None."""
-
-    def __init__(self) -> None:
-        self.packed: Tensor | None = None
-        self._adding = threading.Lock()  # of replicas, which are threads
-
-    def add(self, packed: Tensor) -> None:
-        with self._adding:
-            if self.packed is not None:
-                both = torch.stack((self.packed, packed.to(self.packed.device)))
-                packed = merge(unpack(both)).pack()
-            self.packed = packed
 
 
 def layers_with_statistics(model: nn.Module, frozen: bool = False) -> dict[str, Any]:
@@ -53,6 +38,21 @@ def layers_with_statistics(model: nn.Module, frozen: bool = False) -> dict[str, 
         and (frozen or not is_frozen(layer))
         and all(getattr(layer, key, None) is not None for key in ("running_mean", "running_var"))
     }
+
+
+def check_statistics(operation: str, layers: Mapping[str, Any]) -> None:
+    """Refuse layers that have no numbers yet, or only a part of them."""
+    for name, layer in layers.items():
+        if is_lazy(layer.running_mean):
+            raise ValueError(
+                f"{operation}: expected initialised layers, got the lazy {name!r}, which has not "
+                "seen its first input; run a batch through the model first"
+            )
+        if is_dtensor(layer.running_mean):
+            raise TypeError(
+                f"{operation}: expected plain running statistics, got a DTensor in layer {name!r}; "
+                "leave the layer's buffers out of distribute_module"
+            )
 
 
 def counters_of(layer: nn.Module) -> list[Tensor]:
@@ -78,12 +78,12 @@ def statistics_kept(layers: Mapping[str, Any]) -> Iterator[None]:
 
 
 @contextmanager
-def measuring(operation: str, layers: Mapping[str, Any]) -> Iterator[dict[str, Measured]]:
+def measuring(operation: str, layers: Mapping[str, Any]) -> Iterator[dict[str, Merged]]:
     """Within the context, measure what comes into each of the layers in training mode.
 
     A checkpoint's second forward is left out. What a layer itself refuses, it refuses.
     """
-    found = {name: Measured() for name in layers}
+    found = {name: Merged() for name in layers}
     with ExitStack() as hooks:
         for name, layer in layers.items():
             hook = _hook(operation, name, found[name])
@@ -91,7 +91,7 @@ def measuring(operation: str, layers: Mapping[str, Any]) -> Iterator[dict[str, M
         yield found
 
 
-def _hook(operation: str, name: str, measured: Measured) -> Any:
+def _hook(operation: str, name: str, measured: Merged) -> Any:
     @torch.no_grad()
     def measure(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not layer.training or recomputing():

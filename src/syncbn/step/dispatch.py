@@ -19,6 +19,7 @@ from ..tensors.layout import (
 )
 from ..tensors.storages import is_dtensor
 from ..tensors.transforms import check_movable
+from .accumulation import find_accumulator
 from .checks import check_counter, check_input, check_options, check_tensors
 from .dtensors import check_options_of_dtensor, normalise_dtensor
 from .exchange import Exchange, ReproducibleExchange
@@ -74,17 +75,19 @@ def _normalise(
     if mask is not None:
         check_input(input)
         check_mask(mask, input)
-    conclude = None
+    conclude = accumulator = None
+    comm = LOCAL if mode.silent else resolve(options.group)
     if options.training:
-        if mode.transforming or skipped is not None:  # others may stand in for these below
+        accumulator = find_accumulator(options.layer, running, comm, mode, input)
+        # Others may stand in for these below.
+        if mode.transforming or skipped is not None or accumulator is not None:
             check_tensors(input, affine, running, mode.compiling)
         if skipped is not None:
             check_counter("num_batches_skipped", skipped, input.device)
         if mode.transforming:
             check_movable(*running[:3], skipped, input, mask)
-        running, conclude = begin_update(running, mode, skipped)
-    comm = LOCAL if mode.silent else resolve(options.group)
-    call = Call(input, affine, running, options, mode, comm)
+        running, conclude = begin_update(running, mode, skipped, accumulator)
+    call = Call(input, affine, running, options, mode, comm, accumulator=accumulator)
     if mode.transforming:
         y = normalise_transformed(call, mask)
     elif mask is None:
@@ -119,7 +122,10 @@ def normalise_dense(call: Call) -> Tensor:
         if kernels is not None:
             # Before the table, and before the checks, which its operators make in no time.
             try:
-                return normalise_fused(call, kernels)
+                y = normalise_fused(call, kernels)
+                if call.accumulator is not None:
+                    call.accumulator.measure(input)
+                return y
             except RuntimeError:  # the words follow here
                 check_tensors(input, affine, running, mode.compiling)
                 raise
@@ -178,8 +184,12 @@ def _normalise_over_ranks(call: Call) -> Tensor:
         comm = LOCAL
     reproducible, compiling = call.options.reproducible, call.mode.compiling
     comm = speaking(comm, call.options.layer, call.input.shape[1], compiling, reproducible)
-    exchange = ReproducibleExchange(comm, call.lengths) if reproducible else Exchange(comm)
-    part = part_of(call.input, call.affine)
+    accumulator, part = call.accumulator, part_of(call.input, call.affine)
+    exchange = (
+        ReproducibleExchange(comm, call.lengths, accumulator)
+        if reproducible
+        else Exchange(comm, accumulator)
+    )
     return normalise_parts([part], call.running, call.options.eps, exchange, compiling)[0]
 
 
@@ -196,6 +206,8 @@ def _normalise_as_torch(call: Call) -> Tensor:
     y = torchs_batch_norm(input, *tensors, options.training, momentum, options.eps, visible=visible)
     if batches is not None:
         batches.add_(1)
+    if call.accumulator is not None:
+        call.accumulator.measure(input)
     return y
 
 

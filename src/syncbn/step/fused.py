@@ -29,8 +29,10 @@ def find_fused(call: Call) -> Implementation | None:
     One running statistic without the other and a single value per channel are left to those who
     have an error for them.
     """
-    x, affine, running, options, mode, comm, _ = call
+    x, affine, running, options, mode, comm, *_ = call
     if options.reproducible or mode.compiling:
+        return None
+    if call.accumulator is not None and comm.size > 1:  # which hears from exchange.py
         return None
     if (running.mean is None) != (running.var is None):
         return None
@@ -48,7 +50,7 @@ def find_fused(call: Call) -> Implementation | None:
 
 def normalise_fused(call: Call, kernels: Implementation) -> Tensor:
     """y of the call's input. RuntimeError, too: a tensor that the operators refuse."""
-    x, (weight, bias), running, options, _, comm, _ = call
+    x, (weight, bias), running, options, _, comm, *_ = call
     wants_gradient = torch.is_grad_enabled() and (
         x.requires_grad
         or (weight is not None and weight.requires_grad)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..comm import Communicator
 from ..kernels import Affine, Implementation, Running, Statistics, select_kernels
+from .accumulation import Accumulator
 from .mode import Mode
 
 
@@ -26,7 +27,7 @@ class Call(NamedTuple):
     """One call of a layer, as the paths of dispatch.py take it.
 
     lengths: (N,) where dimension 0 of input is no longer samples but their values that a mask left:
-    how many belong to each sample.
+    how many belong to each sample. accumulator: what is to hear the moments, if they wait.
     """
 
     input: Tensor
@@ -36,6 +37,7 @@ class Call(NamedTuple):
     mode: Mode
     comm: Communicator
     lengths: Tensor | None = None
+    accumulator: Accumulator | None = None
 
     @property
     def tensors(self) -> tuple[Tensor | None, ...]:
