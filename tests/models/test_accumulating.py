@@ -1,4 +1,4 @@
-"""accumulating(): micro-batches move running statistics once, as one batch; else nothing changes."""
+"""accumulating(): micro-batches move running statistics once, as one batch; all else is as ever."""
 
 from __future__ import annotations
 
@@ -164,9 +164,8 @@ def test_what_is_not_skipped_makes_them_what_the_formula_does():
 def test_layers_that_do_not_train_stay():
     model = nn.ModuleList(layer_of(kind) for kind in ("syncbn", "torch") * 3)
     model.append(layer_of("syncbn", track_running_stats=False))
-    model[2].eval(), model[3].eval()
+    model[2:4].eval()
     syncbn.freeze(model, lambda name, _: name in "45")
-    model.train_ = model.train
     with syncbn.accumulating(model):
         for layer in model[2:]:
             layer(micro_batches(3)[0])
@@ -184,7 +183,7 @@ def test_a_layer_that_is_called_twice_in_a_forward():
 @pytest.mark.parametrize("kind", ["syncbn", "torch"])
 def test_after_an_error_statistics_are_what_they_were(kind):
     layer, step = layer_of(kind), micro_batches(2, 3)
-    with pytest.raises(KeyboardInterrupt), syncbn.accumulating(layer):
+    with contextlib.suppress(KeyboardInterrupt), syncbn.accumulating(layer):
         run(layer, step)
         raise KeyboardInterrupt
     assert_state(layer, whole(layer))
@@ -306,6 +305,16 @@ def test_replicas_of_data_parallel_count_as_one_call():
     assert_state(layer, whole(layer, step))
 
 
+def test_replicas_skip_as_one_call():
+    layer, (good,) = layer_of("syncbn", skip_nonfinite=True), micro_batches(4)
+    bad = good.clone()
+    bad[0] = torch.inf  # of the first replica's share alone
+    with syncbn.accumulating(layer):
+        run(syncbn.DataParallel(layer, devices=["cpu"] * 2), [bad, good, bad])
+    assert_state(layer, whole(layer, [good]))
+    assert layer.num_batches_skipped == 2
+
+
 # --- checkpoints, graphs, transforms ---------------------------------------------------------
 
 
@@ -359,7 +368,7 @@ def test_graphs_and_transforms_are_refused():
     with syncbn.accumulating(layer):
         with pytest.raises(Exception, match="accumulating: expected the layer's step as it is"):
             graph(x)
-        with pytest.raises(RuntimeError, match="got a transform of torch.func"):
+        with pytest.raises(RuntimeError, match=r"got a transform of torch.func"):
             torch.func.grad(lambda x: layer(x).sum())(x)
         with pytest.raises(RuntimeError, match=r"got torch.jit.trace"):
             torch.jit.trace(layer, x)
@@ -384,12 +393,24 @@ def test_a_graph_of_torchs_layer_is_refused_at_the_end():
 # --- what it refuses -------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("kind", ["syncbn", "torch"])
+def test_statistics_that_wait_are_left_alone(kind):
+    layer, step = layer_of(kind), micro_batches(2, 3)
+    with syncbn.accumulating(layer):
+        run(layer, step)
+        with pytest.raises(RuntimeError, match=r"recalibrate: .* call recalibrate after"):
+            syncbn.recalibrate(layer, step)
+        with pytest.raises(RuntimeError, match=r"sync_buffers: .* a block of syncbn.accumulating"):
+            syncbn.sync_buffers(layer)
+    assert_state(layer, whole(layer, step))
+
+
 def test_wrong_arguments():
     def enter(model):
         with syncbn.accumulating(model):
             raise AssertionError("entered")
 
-    with pytest.raises(TypeError, match="accumulating: expected a torch.nn.Module, got list"):
+    with pytest.raises(TypeError, match=r"accumulating: expected a torch.nn.Module, got list"):
         enter([])
     with pytest.raises(ValueError, match="accumulating: expected initialised layers, got the lazy"):
         enter(syncbn.LazySyncBatchNorm1d())

@@ -9,7 +9,9 @@ import torch.nn as nn
 from torch import Tensor
 
 from ..comm import resolve
+from ..models.accumulating import refuse_accumulating
 from ..models.measuring import check_statistics, layers_with_statistics
+from ..numerics.moments import wide_dtype
 from .agreement import check_alike, check_model, rows_of_all
 
 _COUNTERS = "num_batches_tracked", "num_batches_skipped"
@@ -37,6 +39,7 @@ def sync_buffers(model: nn.Module, *, process_group: Any = None) -> None:
 
     Raises:
         TypeError: ``model`` is no Module; running statistics that are DTensors.
+        RuntimeError: inside :func:`syncbn.accumulating`.
         ValueError: lazy layers without input; on every rank alike, layers that differ between
             ranks in names or sizes.
 
@@ -49,6 +52,7 @@ def sync_buffers(model: nn.Module, *, process_group: Any = None) -> None:
     check_model("sync_buffers", model)
     comm, layers = resolve(process_group), layers_with_statistics(model, frozen=True)
     check_statistics("sync_buffers", layers)
+    refuse_accumulating("sync_buffers", layers)
     check_alike("sync_buffers", comm, layers)
     if comm.size == 1:
         return
@@ -65,11 +69,11 @@ def sync_buffers(model: nn.Module, *, process_group: Any = None) -> None:
 
 def _told(layer: Any) -> Tensor:
     """(2 + 2C,): the counters, 0 for none, the mean and the variance."""
-    wide = torch.promote_types(layer.running_mean.dtype, torch.float32)
+    wide = wide_dtype(layer.running_mean.device)
     found = [layer._buffers.get(name) for name in _COUNTERS]
     counts = [layer.running_mean.new_zeros(()) if each is None else each for each in found]
     statistics = layer.running_mean.to(wide), layer.running_var.to(wide)
-    return torch.cat((torch.stack([count.double() for count in counts]), *statistics))
+    return torch.cat((torch.stack([count.to(wide) for count in counts]), *statistics))
 
 
 def _together(weights: Tensor, means: Tensor, variances: Tensor) -> tuple[Tensor, Tensor]:

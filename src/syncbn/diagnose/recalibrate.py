@@ -15,6 +15,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from ..batches.uneven import Steps, until_all_done
 from ..comm import Communicator, Framed, resolve
+from ..models.accumulating import refuse_accumulating
 from ..models.measuring import (
     check_statistics,
     layers_with_statistics,
@@ -56,8 +57,8 @@ def recalibrate(
     named in a warning.
 
     Args:
-        model: the layers' model, wrapped in DistributedDataParallel or not. Compiled parts of it
-            run as they were before.
+        model: the layers' model, wrapped in DistributedDataParallel or not. What torch.compile has
+            compiled of it runs uncompiled, and so is measured.
         batches: what the model takes, this rank's share. Of a tuple or list the first element
             alone, as in torch's update_bn: loaders of (input, target) serve as they are. A mapping
             gives keyword arguments. All else, in a list of one if it is a list or mapping itself,
@@ -69,6 +70,7 @@ def recalibrate(
 
     Raises:
         TypeError: ``model`` is no Module, ``batches`` no iterable; DTensors as statistics or input.
+        RuntimeError: inside :func:`syncbn.accumulating`.
         ValueError: lazy layers without input; on every rank alike, layers that differ between
             ranks, or no batch on any rank.
         ImportError: ``progress`` without rich.
@@ -95,6 +97,7 @@ def recalibrate(
         check_progress("recalibrate")
     comm, layers = resolve(process_group), layers_with_statistics(model)
     check_statistics("recalibrate", layers)
+    refuse_accumulating("recalibrate", layers)
     check_alike("recalibrate", comm, layers)
     if not layers:
         return
@@ -205,7 +208,7 @@ def _training(layers: Mapping[str, Any]) -> Iterator[None]:
 
 @contextmanager
 def _without_graphs() -> Iterator[None]:
-    """What torch.compile has compiled runs as it was before: graphs know no new hooks."""
+    """What torch.compile has compiled runs uncompiled: graphs know no new hooks."""
     if "torch._dynamo" not in sys.modules:
         yield
         return

@@ -13,7 +13,7 @@ from ..kernels import Running
 from ..layers.modules import SyncBatchNorm
 from ..numerics.moments import Merged
 from ..step.accumulation import Accumulator
-from ..step.tracking import follow_merged, skips_nonfinite
+from ..step.tracking import follow_merged
 from .measuring import check_statistics, layers_with_statistics, measuring, statistics_kept
 
 _accumulating: WeakSet[nn.Module] = WeakSet()
@@ -77,7 +77,6 @@ def accumulating(model: nn.Module) -> Iterator[None]:
             yield
             _refuse_graphs(others, before, measured)
     for name, layer in layers.items():
-        counted = heard[name].kept if name in ours and skips_nonfinite(layer) else None
         buffers = layer._buffers
         running = Running(
             buffers.get("running_mean"),
@@ -85,17 +84,33 @@ def accumulating(model: nn.Module) -> Iterator[None]:
             buffers.get("num_batches_tracked"),
             layer.momentum,
         )
-        follow_merged(running, heard[name] if name in ours else measured[name], counted)
+        if name in ours:
+            follow_merged(running, heard[name], heard[name].kept)
+        else:
+            follow_merged(running, measured[name])
 
 
 @contextmanager
 def _accumulated(layer: SyncBatchNorm) -> Iterator[Accumulator]:
-    assert layer.running_mean is not None
-    layer._accumulator = accumulator = Accumulator(layer.running_mean)
+    mean, var = layer.running_mean, layer.running_var
+    assert mean is not None
+    assert var is not None
+    skipped = layer._buffers.get("num_batches_skipped")
+    layer._accumulator = accumulator = Accumulator(mean, var, skipped)
     try:
         yield accumulator
     finally:
         vars(layer).pop("_accumulator", None)  # none if it was reverted meanwhile
+
+
+def refuse_accumulating(operation: str, layers: Mapping[str, Any]) -> None:
+    """Refuse to touch statistics that wait: they would move from what they were before."""
+    for name, layer in layers.items():
+        if layer in _accumulating:
+            raise RuntimeError(
+                f"{operation}: expected running statistics that may move, got layer {name!r} in a "
+                f"block of syncbn.accumulating; call {operation} after that block"
+            )
 
 
 def _refuse_torchs(others: Mapping[str, Any]) -> None:

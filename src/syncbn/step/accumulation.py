@@ -19,12 +19,14 @@ from .mode import Mode
 class Accumulator(Merged):
     """What a layer's calls in training have measured since its running statistics moved.
 
-    mean: the running mean that waits. kept: how many of the calls count, where some may not.
+    mean, var: the running statistics that wait. skipped: what counts the calls that are left out,
+    where some may be. kept: how many others there are then, else None.
     """
 
-    def __init__(self, mean: Tensor) -> None:
+    def __init__(self, mean: Tensor, var: Tensor, skipped: Tensor | None) -> None:
         super().__init__()
-        self.mean, self.kept = mean, torch.zeros((), dtype=torch.int64, device=mean.device)
+        self.mean, self._var, self._skipped = mean, var, skipped
+        self.kept = None if skipped is None else torch.zeros_like(skipped)
         self._heard: list[Tensor] = []  # of the call that runs
 
     def hear(self, sets: Tensor) -> None:
@@ -37,27 +39,26 @@ class Accumulator(Merged):
             x = x.detach()
             self.hear(select_kernels(x).steps.measure(x).unsqueeze(0))
 
-    def keep(self, var: Tensor | None, skipped: Tensor | None) -> None:
+    def keep(self) -> None:
         """Add what was heard: the call has succeeded. Of replicas, which are one call, the first.
 
-        skipped: counts what is not finite, also as a running mean and variance, and left out then.
+        Where calls may be skipped, those are that are not finite as running statistics.
         A selective checkpoint counts operations, and its second forward has none of these.
         """
         with suppress(IndexError), torch.no_grad(), no_dispatch():
             packed = merge(unpack(self._heard.pop())).pack()
-            if skipped is not None:
-                finite = _holds(packed, self.mean, self.mean if var is None else var)
+            if self._skipped is not None and self.kept is not None:
+                finite = self._holds(packed)
                 packed = torch.where(finite, packed, 0.0)
-                skipped.add_(~finite)
+                self._skipped.add_(~finite)
                 self.kept.add_(finite)
             self.add(packed)
 
-
-def _holds(packed: Tensor, mean: Tensor, var: Tensor) -> Tensor:
-    """Whether a batch's mean and unbiased variance are finite as what running ones are."""
-    count, m, m2 = unpack(packed)
-    unbiased = m2 / (count - 1).clamp_min(1)
-    return m.to(mean.dtype).isfinite().all() & unbiased.to(var.dtype).isfinite().all()
+    def _holds(self, packed: Tensor) -> Tensor:
+        """Whether a batch's mean and unbiased variance are finite as what running ones are."""
+        count, mean, m2 = unpack(packed)
+        mean, var = mean.to(self.mean.dtype), (m2 / (count - 1).clamp_min(1)).to(self._var.dtype)
+        return mean.isfinite().all() & var.isfinite().all()
 
 
 def find_accumulator(

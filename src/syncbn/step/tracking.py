@@ -51,7 +51,7 @@ def begin_update(
     if not mode.compiling:
         first = moves(key)
         if first and accumulator is not None:
-            return Running(momentum=momentum), partial(accumulator.keep, var, skipped)
+            return Running(momentum=momentum), accumulator.keep
         if first and skipped is None:
             return running, None
     elif key is None or mode.exporting:
