@@ -7,6 +7,7 @@ import copy
 
 import pytest
 import torch
+import torch._dynamo
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import (
@@ -363,6 +364,7 @@ def test_a_checkpoints_second_forward_counts_once(ranks, how, kind, world):
 
 def test_graphs_and_transforms_are_refused():
     layer, x = layer_of("syncbn"), micro_batches(3)[0]
+    torch._dynamo.reset()  # other tests' graphs count towards its limit
     graph = torch.compile(layer, backend="eager", fullgraph=True)
     graph(x)
     with syncbn.accumulating(layer):
@@ -379,6 +381,7 @@ def test_graphs_and_transforms_are_refused():
 
 def test_a_graph_of_torchs_layer_is_refused_at_the_end():
     layer, x = layer_of("torch"), micro_batches(3)[0]
+    torch._dynamo.reset()
     graph = torch.compile(layer, backend="eager")
     graph(x)
     before = {name: value.clone() for name, value in layer.state_dict().items()}

@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+import torch._dynamo
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -204,6 +205,7 @@ def test_under_ddp_no_layer_says_anything(ranks):
 
 def test_a_frozen_model_scripts_and_exports():
     model = syncbn.freeze(network())
+    torch._dynamo.reset()  # other tests' graphs count towards its limit
     for program in (
         torch.jit.script(model),
         torch.export.export(model, (batch(),)).module(),
