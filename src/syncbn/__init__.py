@@ -40,6 +40,7 @@ from .models.data_parallel import DataParallel
 from .models.freezing import Frozen as _Frozen
 from .models.freezing import freeze, unfreeze
 from .models.masking import masking
+from .models.measuring import ignore as _ignore
 from .models.registry import register_conversion
 from .step.masked import mask_from_lengths
 
@@ -81,6 +82,7 @@ for _name in __all__:
 _Origin = _registry.Origin
 _Origin.__module__, _Origin.__qualname__ = __name__, "_Origin"
 _Frozen.__module__, _Frozen.__qualname__ = __name__, "_Frozen"  # and what froze one
+_ignore.__module__, _ignore.__qualname__, _ignore.__name__ = __name__, "_ignore", "_ignore"
 # Pickles of 0.1.0 name files.
 for _name, _module in (
     ("data_parallel", _data_parallel),

@@ -322,6 +322,21 @@ def test_compiled_models_are_measured_without_their_graphs(how):
     assert_statistics(model, union([batch(4)]))
 
 
+def test_graphs_are_used_again_after_ranks_that_are_threads():
+    """Whose passes overlap in any order."""
+    from torch._dynamo import eval_frame
+
+    plain, before = network(convert=False), eval_frame._stance
+
+    def run(comm):
+        model = syncbn.convert(copy.deepcopy(plain), comm)
+        syncbn.recalibrate(model, [batch(4)] * 2, process_group=comm)
+
+    for _ in range(5):
+        in_threads(3, run)
+        assert eval_frame._stance == before
+
+
 def test_frozen_layers_are_left_alone():
     model, plain = network(), network(convert=False)
     syncbn.freeze(model[0])

@@ -20,6 +20,7 @@ import syncbn
 from support import oracle
 from support.cases import CLOSE, laid_out
 from support.layers import saved_and_loaded
+from syncbn.step.accumulation import Accumulator
 
 MOMENTA = [0.1, None, 1.0, 0.0]
 
@@ -225,6 +226,31 @@ def test_copies_and_conversions_within():
         syncbn.revert(layer)
     assert_state(layer, whole(layer, step))
     assert "_accumulator" not in vars(layer)
+
+
+@pytest.mark.parametrize("kind", ["syncbn", "torch"])
+def test_a_copy_made_within_trains_and_pickles_by_itself(kind):
+    layer, step = layer_of(kind), micro_batches(2, 3)
+    with syncbn.accumulating(layer):
+        layer(step[0])
+        other = copy.deepcopy(layer)
+        other.reset_running_stats()
+        other(step[0])
+        layer(step[1])
+    assert_state(layer, whole(layer, step))
+    other = saved_and_loaded(other, weights_only=False)
+    other(step[1])
+    assert_state(other, whole(layer, step[:1], step[1:]))
+
+
+def test_what_a_failed_call_has_told_is_forgotten():
+    accumulator = Accumulator(torch.zeros(1), torch.ones(1), None)
+    wrong, right = torch.tensor([[[1.0, 7.0, 0.0]], [[2.0, 5.0, 1.0]]])
+    accumulator.hear(wrong)
+    accumulator.hear(right)
+    for _ in range(2):  # as the replicas of one call
+        accumulator.keep()
+    assert accumulator.packed.tolist() == right[0].tolist()
 
 
 def test_statistics_given_by_functional_call_move_as_ever():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager
@@ -16,6 +15,7 @@ from torch.nn.utils.rnn import PackedSequence
 from ..batches.uneven import Steps, until_all_done
 from ..comm import Communicator, Framed, resolve
 from ..models.accumulating import refuse_accumulating
+from ..models.graphs import without_graphs
 from ..models.measuring import (
     check_statistics,
     layers_with_statistics,
@@ -159,7 +159,7 @@ def _measured(
     steps = 0
     with ExitStack() as stack:
         stack.enter_context(torch.no_grad())
-        stack.enter_context(_without_graphs())
+        stack.enter_context(without_graphs)
         stack.enter_context(_training(layers))
         stack.enter_context(statistics_kept(layers))
         found = stack.enter_context(measuring("recalibrate", layers))
@@ -204,16 +204,6 @@ def _training(layers: Mapping[str, Any]) -> Iterator[None]:
     finally:
         for name, layer in layers.items():
             layer.training = modes[name]
-
-
-@contextmanager
-def _without_graphs() -> Iterator[None]:
-    """What torch.compile has compiled runs uncompiled: graphs know no new hooks."""
-    if "torch._dynamo" not in sys.modules:
-        yield
-        return
-    with torch.compiler.set_stance("force_eager"):
-        yield
 
 
 def _tracked(layer: nn.Module) -> int:

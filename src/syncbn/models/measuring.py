@@ -86,21 +86,32 @@ def measuring(operation: str, layers: Mapping[str, Any]) -> Iterator[dict[str, M
     found = {name: Merged() for name in layers}
     with ExitStack() as hooks:
         for name, layer in layers.items():
-            hook = _hook(operation, name, found[name])
+            hook = _Hook(operation, name, layer, found[name])
             hooks.callback(layer.register_forward_pre_hook(hook, with_kwargs=True).remove)
         yield found
 
 
-def _hook(operation: str, name: str, measured: Merged) -> Any:
+def ignore(*_: Any) -> None:
+    """The hook of a copy that was made of a layer while it was measured."""
+
+
+class _Hook:
+    def __init__(self, operation: str, name: str, own: nn.Module, measured: Merged) -> None:
+        self.operation, self.name, self.own, self.measured = operation, name, own, measured
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        return ignore
+
     @torch.no_grad()
-    def measure(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if not layer.training or recomputing():
+    def __call__(self, layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        copied = layer is not self.own and not getattr(layer, "_is_replica", False)
+        if copied or not layer.training or recomputing():
             return
         x: Any = args[0] if args else kwargs.get("input")
         if is_dtensor(x):
             raise TypeError(
-                f"{operation}: expected plain tensors as input of layer {name!r}, got a DTensor; "
-                "give the layer input.to_local()"
+                f"{self.operation}: expected plain tensors as input of layer {self.name!r}, got a "
+                "DTensor; give the layer input.to_local()"
             )
         if not _is_fit(layer, x):
             return
@@ -109,9 +120,7 @@ def _hook(operation: str, name: str, measured: Merged) -> Any:
         packed = select_kernels(x).steps.measure(x)
         if skips_nonfinite(layer):
             packed = torch.where(packed.isfinite().all(), packed, 0)
-        measured.add(packed)
-
-    return measure
+        self.measured.add(packed)
 
 
 def _counting(layer: Any, x: Tensor, mask: Any) -> Tensor:
