@@ -6,10 +6,12 @@ import copy
 import itertools
 import sys
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from torch import nn
+from torch._dynamo import eval_frame
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import update_bn
 
@@ -18,6 +20,7 @@ from support import oracle
 from support.cases import CLOSE, laid_out
 from support.in_threads import in_threads
 from support.layers import OnlyAConstructor, assert_same, snapshot
+from syncbn.models.graphs import without_graphs
 
 
 def network(convert: bool = True) -> nn.Module:
@@ -323,18 +326,14 @@ def test_compiled_models_are_measured_without_their_graphs(how):
 
 
 def test_graphs_are_used_again_after_ranks_that_are_threads():
-    """Whose passes overlap in any order."""
-    from torch._dynamo import eval_frame
-
-    plain, before = network(convert=False), eval_frame._stance
-
-    def run(comm):
-        model = syncbn.convert(copy.deepcopy(plain), comm)
-        syncbn.recalibrate(model, [batch(4)] * 2, process_group=comm)
-
-    for _ in range(5):
-        in_threads(3, run)
-        assert eval_frame._stance == before
+    """Of which the first to begin is the first to end."""
+    with ThreadPoolExecutor(1) as first, ThreadPoolExecutor(1) as second:
+        for thread in (first, second):
+            thread.submit(without_graphs.__enter__).result()
+        for thread in (first, second):
+            assert eval_frame._stance.stance == "force_eager"
+            thread.submit(without_graphs.__exit__).result()
+    assert eval_frame._stance.stance == "default"
 
 
 def test_frozen_layers_are_left_alone():
