@@ -4,7 +4,8 @@
     model = DistributedDataParallel(model)
 
 Layers: SyncBatchNorm, SyncBatchNorm1d/2d/3d and their Lazy forms. Function: sync_batch_norm.
-Models: convert, revert, register_conversion; DataParallel, several devices in one process.
+Models: convert, revert, register_conversion; DataParallel, several devices in one process; freeze,
+unfreeze.
 Padding: masking, mask_from_lengths. Loaders of different lengths: until_all_done. Who takes part,
 and how they talk (through memory, where they are processes of one host): comm. The arithmetic, and
 its specification in plain torch operations (kernels.composite): kernels.
@@ -19,6 +20,8 @@ from .batches.uneven import until_all_done
 from .comm.frames import DesyncError
 from .comm.tracing import trace
 from .comm.waiting import timeout
+from .diagnose.buffers import sync_buffers
+from .diagnose.recalibrate import recalibrate
 from .layers import lazy as _lazy
 from .layers import modules as _modules
 from .layers.functional import sync_batch_norm
@@ -31,9 +34,13 @@ from .layers.lazy import (
 from .layers.modules import SyncBatchNorm, SyncBatchNorm1d, SyncBatchNorm2d, SyncBatchNorm3d
 from .models import data_parallel as _data_parallel
 from .models import registry as _registry
+from .models.accumulating import accumulating
 from .models.convert import convert, revert
 from .models.data_parallel import DataParallel
+from .models.freezing import Frozen as _Frozen
+from .models.freezing import freeze, unfreeze
 from .models.masking import masking
+from .models.measuring import ignore as _ignore
 from .models.registry import register_conversion
 from .step.masked import mask_from_lengths
 
@@ -49,16 +56,21 @@ __all__ = [
     "SyncBatchNorm2d",
     "SyncBatchNorm3d",
     "__version__",
+    "accumulating",
     "comm",
     "convert",
+    "freeze",
     "kernels",
     "mask_from_lengths",
     "masking",
+    "recalibrate",
     "register_conversion",
     "revert",
     "sync_batch_norm",
+    "sync_buffers",
     "timeout",
     "trace",
+    "unfreeze",
     "until_all_done",
 ]
 
@@ -69,6 +81,8 @@ for _name in __all__:
 # What a converted layer keeps of the class that it had: its pickles name this.
 _Origin = _registry.Origin
 _Origin.__module__, _Origin.__qualname__ = __name__, "_Origin"
+_Frozen.__module__, _Frozen.__qualname__ = __name__, "_Frozen"  # and what froze one
+_ignore.__module__, _ignore.__qualname__, _ignore.__name__ = __name__, "_ignore", "_ignore"
 # Pickles of 0.1.0 name files.
 for _name, _module in (
     ("data_parallel", _data_parallel),

@@ -47,18 +47,24 @@ ROOMS = {
     ),
     "step": (
         {"checks", "collectives", "identity", "masked", "mode"},
+        {"accumulation"},
         {"derivatives", "records", "speaker", "tracking"},
-        {"exchange", "transformed"},
+        {"as_torch", "exchange", "transformed"},
         {"function"},
         {"dtensors", "fused", "replicas"},
         {"dispatch"},
     ),
     "layers": ({"copies", "functional"}, {"modules"}, {"lazy"}),
-    "diagnose": ({"traces"}, {"desync"}),
+    "diagnose": (
+        {"agreement", "progress", "traces"},
+        {"buffers", "desync", "recalibrate"},
+    ),
     "batches": ({"nested"}, {"empty", "scatter", "transfer"}, {"uneven"}),
     "models": (
         {"graphs", "names", "quantisation", "registry", "replicate"},
-        {"data_parallel", "masking"},
+        {"data_parallel", "freezing", "masking"},
+        {"measuring"},
+        {"accumulating"},
         {"convert"},
     ),
 }

@@ -10,7 +10,7 @@ from typing import Any, Generic, TypeVar
 import torch
 import torch.nn as nn
 
-from ..comm import Communicator, resolve
+from ..comm import Communicator, device_of, numbers_of_all, resolve
 from .empty import name_failing_layer, samples_in, without_samples
 from .transfer import packed, unpacked
 
@@ -114,7 +114,7 @@ class Steps(Generic[BatchT]):
         with ExitStack() as stack:
             for step in itertools.count():
                 state, content, samples = next(own)
-                said = _share(comm, (state, samples, bool(self._template)))
+                said = numbers_of_all(comm, (state, samples, bool(self._template)))
                 if state == _FAILED:
                     raise content
                 _check_failures(comm, said, step)
@@ -158,7 +158,9 @@ class Steps(Generic[BatchT]):
                 self._template.append(unpacked(received))
             except ValueError as error:
                 problem = str(error)
-        refused = [rank for rank, (bad,) in enumerate(_share(comm, (bool(problem),))) if bad]
+        refused = [
+            rank for rank, (bad,) in enumerate(numbers_of_all(comm, (bool(problem),))) if bad
+        ]
         if refused:
             raise TypeError(
                 _CANNOT_TRAVEL.format(
@@ -177,22 +179,11 @@ _CANNOT_TRAVEL = (
 
 def _broadcast(comm: Communicator, content: bytes, source: int, is_text: bool) -> bytes | str:
     """``content`` of rank ``source``, and whether it is text."""
-    length, text = _share(comm, (len(content), is_text))[source]
+    length, text = numbers_of_all(comm, (len(content), is_text))[source]
     padded = torch.zeros(int(length), dtype=torch.float64)
     padded[: len(content)] = torch.tensor(list(content), dtype=torch.float64)
-    received = bytes(comm.all_reduce(padded.to(_device(comm))).byte().tolist())
+    received = bytes(comm.all_reduce(padded.to(device_of(comm))).byte().tolist())
     return received.decode(errors="replace") if text else received
-
-
-def _share(comm: Communicator, numbers: tuple[float, ...]) -> list[list[float]]:
-    """Every rank's numbers, in the order of ranks."""
-    sent = torch.tensor(numbers, dtype=torch.float64, device=_device(comm))
-    received: list[list[float]] = comm.all_gather(sent).tolist()
-    return received
-
-
-def _device(comm: Communicator) -> torch.device:
-    return getattr(comm, "device", torch.device("cpu"))
 
 
 def _check_failures(comm: Communicator, said: list[list[float]], step: int) -> None:

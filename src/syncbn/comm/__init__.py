@@ -16,6 +16,7 @@ from .graphs import InGraph, know_layers
 from .groups import subgroups
 from .headers import MAY, NONE, SINGLE, WANTS, Caller
 from .mpi import MPI
+from .numbers import device_of, numbers_of_all
 from .process_group import ProcessGroup
 from .replicas import Replica, ReplicaGroup, Unplaced, current_replica
 from .shared_memory import SharedMemory
@@ -41,8 +42,10 @@ __all__ = [
     "Threads",
     "Unplaced",
     "default_group",
+    "device_of",
     "devices",
     "know_layers",
+    "numbers_of_all",
     "refuse_join",
     "resolve",
     "subgroups",

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from ..step.accumulation import Accumulator
 from ..step.identity import Number, take_number
 
 if TYPE_CHECKING:
@@ -19,8 +20,9 @@ class Copied(_BatchNorm):
     """A layer whose copies have its process group, and whose pickles have none."""
 
     def _state(self) -> dict[str, Any]:
-        """What copies take over: masks belong to a context around this layer, a number to it."""
-        own = {"_mask_sources": tuple, "_identity": Number, "_token": Tensor}
+        """What copies take over: some belongs to a context around this layer, a number to it."""
+        own = {"_mask_sources": tuple, "_accumulator": Accumulator}
+        own |= {"_identity": Number, "_token": Tensor}
         return {k: v for k, v in vars(self).items() if k not in own or not isinstance(v, own[k])}
 
     def __copy__(self) -> Self:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 import torch.nn as nn
 from torch import Tensor
 
 from ..comm import LOCAL, Unplaced, default_group, resolve
 from ..kernels import Affine, Running
+from ..step.accumulation import Accumulator
 from ..step.checks import check_dims, check_input, check_options, check_shape, checked_dtype
 from ..step.dispatch import normalise
 from ..step.identity import Number, take_number
@@ -19,8 +20,6 @@ from ..tensors.recomputation import withhold
 from .copies import Copied
 
 if TYPE_CHECKING:
-    from typing import NoReturn
-
     from typing_extensions import Self
 
 
@@ -71,6 +70,7 @@ class SyncBatchNorm(Copied):
     skip_nonfinite = property(skips_nonfinite, skip_nonfinite)
     _bn_momentum_patched = True  # pytorch-pfn-extras' checkpoint asks: one move is one move here
     _identity: Number | str  # see step/identity.py
+    _accumulator: Accumulator | None = None  # accumulating()'s
     _mask_sources = cast(tuple[tuple[list[str], Any], ...], ())  # masking()'s, from the outermost
     _shapes: str = "(N, C, *)"
     _dims: tuple[int, ...] = ()
@@ -157,9 +157,8 @@ class SyncBatchNorm(Copied):
 
     def reset_running_stats(self) -> None:
         super().reset_running_stats()
-        skipped = self._buffers.get("num_batches_skipped")
-        if skipped is not None:
-            skipped.zero_()
+        if skips_nonfinite(self):
+            self.get_buffer("num_batches_skipped").zero_()
 
     def reset_parameters(self) -> None:
         self.reset_running_stats()

@@ -24,6 +24,7 @@ from .quantisation import without_observers
 from .registry import Origin, default_origin, is_candidate, target_of
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
+_CONTEXTS = "_mask_sources", "_accumulator"  # what contexts around a layer set
 
 
 def convert(
@@ -188,7 +189,7 @@ def revert(module: ModuleT) -> ModuleT:
         source = origin.source if lazy else _materialised(origin.source)
         layer.skip_nonfinite = False
         forget(layer)
-        for attribute in ("_origin", "process_group", "reproducible", "_mask_sources"):
+        for attribute in ("_origin", "process_group", "reproducible", *_CONTEXTS):
             vars(layer).pop(attribute, None)
         if issubclass(source, nn.SyncBatchNorm):
             layer.process_group = origin.process_group

@@ -1,8 +1,11 @@
-"""Batch norms inside compiled graphs, where no layer is left whose class could change."""
+"""Batch norms inside compiled graphs, where no layer is left; and how to do without graphs."""
 
 from __future__ import annotations
 
+import sys
+import threading
 from collections.abc import Iterator
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -62,3 +65,28 @@ def _place(name: str, node: Node) -> str:
     stack = list(node.meta.get("nn_module_stack", {}).values())
     inside = stack[-1][0] if stack else node.name
     return name if name.endswith(inside) else f"{name}.{inside}".lstrip(".")
+
+
+class _WithoutGraphs:
+    """A context in which what torch.compile has compiled is not: graphs know no new hooks.
+
+    The process has one such setting, and ranks may be threads: the first sets it, the last resets.
+    """
+
+    def __init__(self) -> None:
+        self._changing, self._inside, self._stance = threading.Lock(), 0, ExitStack()
+
+    def __enter__(self) -> None:
+        with self._changing:
+            if not self._inside and "torch._dynamo" in sys.modules:
+                self._stance.enter_context(torch.compiler.set_stance("force_eager"))
+            self._inside += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._changing:
+            self._inside -= 1
+            if not self._inside:
+                self._stance.close()
+
+
+without_graphs = _WithoutGraphs()

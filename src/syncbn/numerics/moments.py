@@ -11,6 +11,7 @@ E[x²] − E[x]² appears nowhere: it cancels as soon as the mean is large again
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -57,6 +58,21 @@ def merge(sets: Moments) -> Moments:
     distance = sets.mean - mean
     m2 = sets.m2.sum(0) + (weight * distance * distance).sum(0)  # n·δ first: zero stays zero
     return Moments(count, mean, m2)
+
+
+class Merged:
+    """The union of sets that come one after the other: packed (1 + 2C,); None without any."""
+
+    def __init__(self) -> None:
+        self.packed: Tensor | None = None
+        self._adding = threading.Lock()  # of replicas, which are threads
+
+    def add(self, packed: Tensor) -> None:
+        with self._adding:
+            if self.packed is not None:
+                both = torch.stack((self.packed, packed.to(self.packed.device)))
+                packed = merge(unpack(both)).pack()
+            self.packed = packed
 
 
 def inverse_deviation(moments: Moments, eps: float) -> Tensor:

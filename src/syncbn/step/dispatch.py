@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Any, NamedTuple
 
@@ -14,11 +14,12 @@ from ..kernels import Affine, Running
 from ..tensors.layout import (
     is_samplewise_contiguous,
     samplewise_contiguous,
-    torchs_batch_norm,
     with_gradient_like,
 )
 from ..tensors.storages import is_dtensor
 from ..tensors.transforms import check_movable
+from .accumulation import find_accumulator
+from .as_torch import needs_own_kernels, normalise_as_torch
 from .checks import check_counter, check_input, check_options, check_tensors
 from .dtensors import check_options_of_dtensor, normalise_dtensor
 from .exchange import Exchange, ReproducibleExchange
@@ -78,17 +79,19 @@ def _normalise(
     if mask is not None:
         check_input(input)
         check_mask(mask, input)
-    conclude = None
+    conclude = accumulator = None
+    comm = LOCAL if mode.silent else resolve(options.group)
     if options.training:
-        if mode.transforming or skipped is not None:  # others may stand in for these below
+        accumulator = find_accumulator(options.layer, running, comm, mode, input)
+        # Others may stand in for these below.
+        if mode.transforming or skipped is not None or accumulator is not None:
             check_tensors(input, affine, running, mode.compiling)
         if skipped is not None:
             check_counter("num_batches_skipped", skipped, input.device)
         if mode.transforming:
             check_movable(*running[:3], skipped, input, mask)
-        running, conclude = begin_update(running, mode, skipped)
-    comm = LOCAL if mode.silent else resolve(options.group)
-    call = Call(input, affine, running, options, mode, comm)
+        running, conclude = begin_update(running, mode, skipped, accumulator)
+    call = Call(input, affine, running, options, mode, comm, accumulator=accumulator)
     if mode.transforming:
         y = normalise_transformed(call, mask)
     elif mask is None:
@@ -131,7 +134,10 @@ def normalise_dense(call: Call) -> Tensor:
         if kernels is not None:
             # Before the table, and before the checks, which its operators make in no time.
             try:
-                return normalise_fused(call, kernels)
+                y = normalise_fused(call, kernels)
+                if call.accumulator is not None:
+                    call.accumulator.measure(input)
+                return y
             except RuntimeError:  # the words follow here
                 check_tensors(input, affine, running, mode.compiling)
                 raise
@@ -146,32 +152,6 @@ class Path(NamedTuple):
     serves: Callable[[Call], bool]
     run: Callable[[Call], Tensor]
     reason: str
-
-
-def _needs_own_kernels(call: Call) -> bool:
-    """Whether torch's operator would refuse a batch in training, or do it wrongly."""
-    mean, var, batches, momentum = call.running
-    if call.mask is not None or _mixes_dtypes(call.input, call.tensors):
-        return True
-    if not call.mode.compiling:
-        # A view that reads with the opposite sign: torch's operator would move a copy.
-        return any(t is not None and t.is_neg() for t in (mean, var))
-    # torch's operator wants numbers that a graph does not have: a momentum, how many values.
-    counting = momentum is None and batches is not None
-    return not call.mode.silent and (counting or call.lengths is not None)
-
-
-def _mixes_dtypes(input: Tensor, tensors: Sequence[Tensor | None]) -> bool:
-    """Whether torch's operator refuses this mixture of dtypes, which our kernels take."""
-    common, own = None, input.dtype
-    for tensor in tensors:
-        if tensor is not None:
-            if common is not None and tensor.dtype != common:
-                return True
-            common = tensor.dtype
-    if common is None or common == own:
-        return False
-    return common != torch.float32 or own == torch.float64
 
 
 def _normalise_reproducibly(call: Call) -> Tensor:
@@ -190,25 +170,13 @@ def _normalise_over_ranks(call: Call) -> Tensor:
         comm = LOCAL
     reproducible, compiling = call.options.reproducible, call.mode.compiling
     comm = speaking(comm, call.options.layer, call.input.shape[1], compiling, reproducible)
-    exchange = ReproducibleExchange(comm, call.lengths) if reproducible else Exchange(comm)
-    part = part_of(call.input, call.affine, call.mask)
+    accumulator, part = call.accumulator, part_of(call.input, call.affine, call.mask)
+    exchange = (
+        ReproducibleExchange(comm, call.lengths, accumulator)
+        if reproducible
+        else Exchange(comm, accumulator)
+    )
     return normalise_parts([part], call.running, call.options.eps, exchange, compiling)[0]
-
-
-def _normalise_as_torch(call: Call) -> Tensor:
-    input, _, running, options, *_ = call
-    tensors = call.tensors
-    if _mixes_dtypes(input, tensors):
-        wide = torch.float64 if input.dtype == torch.float64 else torch.float32
-        tensors = tuple(None if t is None else t.to(wide) for t in tensors)
-    momentum, batches = running.momentum, running.batches
-    if momentum is None:
-        momentum = 0.0 if batches is None else 1 / float(batches + 1)
-    visible = not (call.mode.tracing or call.mode.compiling)
-    y = torchs_batch_norm(input, *tensors, options.training, momentum, options.eps, visible=visible)
-    if batches is not None:
-        batches.add_(1)
-    return y
 
 
 PATHS = (
@@ -219,7 +187,7 @@ PATHS = (
     ),
     Path(
         lambda call: not call.options.training,
-        _normalise_as_torch,
+        normalise_as_torch,
         "the running statistics are there: nothing is measured, nothing sent",
     ),
     Path(
@@ -238,13 +206,13 @@ PATHS = (
         "statistics come from all ranks",
     ),
     Path(
-        _needs_own_kernels,
+        needs_own_kernels,
         _normalise_over_ranks,
         "one process, but a batch that torch's operator does not take",
     ),
     Path(
         lambda call: True,
-        _normalise_as_torch,
+        normalise_as_torch,
         "one process alone: graphs fuse torch's operator, and exports know it",
     ),
 )

@@ -13,6 +13,7 @@ from ..numerics.moments import merge, stacked, unpack
 from ..tensors.graphs import after
 from ..tensors.layout import samplewise_contiguous
 from ..tensors.storages import held_in_graph
+from .accumulation import Accumulator
 from .records import Normalised, Part
 from .speaker import Speaker, towards
 
@@ -48,8 +49,8 @@ class Exchange:
 
     reproducible = False
 
-    def __init__(self, comm: Communicator) -> None:
-        self.comm = comm
+    def __init__(self, comm: Communicator, accumulator: Accumulator | None = None) -> None:
+        self.comm, self.accumulator = comm, accumulator
 
     def gather(
         self, parts: Sequence[Part], flags: int, running: Running, compiling: bool
@@ -61,9 +62,13 @@ class Exchange:
         if compiling:
             own = _held_in_graph(own, parts[0], running)
         if not isinstance(comm, Speaker):
-            return Gathered(self._merged(parts, own.unsqueeze(0)), (flags,))
-        rows, said = comm.tell(own, flags)
-        return Gathered(self._merged(parts, rows), said)
+            gathered = Gathered(self._merged(parts, own.unsqueeze(0)), (flags,))
+        else:
+            rows, said = comm.tell(own, flags)
+            gathered = Gathered(self._merged(parts, rows), said)
+        if self.accumulator is not None:
+            self.accumulator.hear(gathered.sets)
+        return gathered
 
     def reduce(self, parts: Sequence[Normalised], dys: Sequence[Tensor], compiling: bool) -> Sums:
         """The sums of all ranks. dys (N, C, *): the gradients of this rank's parts."""
@@ -102,8 +107,10 @@ class ReproducibleExchange(Exchange):
 
     reproducible = True
 
-    def __init__(self, comm: Communicator, lengths: Tensor | None) -> None:
-        super().__init__(comm)
+    def __init__(
+        self, comm: Communicator, lengths: Tensor | None, accumulator: Accumulator | None = None
+    ) -> None:
+        super().__init__(comm, accumulator)
         self.lengths = lengths
 
     def reduce(self, parts: Sequence[Normalised], dys: Sequence[Tensor], compiling: bool) -> Sums:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..comm import Communicator
 from ..kernels import Affine, Implementation, Running, Statistics, composite, select_kernels
+from .accumulation import Accumulator
 from .mode import Mode
 
 
@@ -27,7 +28,7 @@ class Call(NamedTuple):
 
     lengths: (N,) where dimension 0 of input is no longer samples but their values that a mask left:
     how many belong to each sample. mask: (N, *) where all positions are there, but only those where
-    it is True count; the others are zero.
+    it is True count; the others are zero. accumulator: what is to hear the moments, if they wait.
     """
 
     input: Tensor
@@ -38,6 +39,7 @@ class Call(NamedTuple):
     comm: Communicator
     lengths: Tensor | None = None
     mask: Tensor | None = None
+    accumulator: Accumulator | None = None
 
     @property
     def tensors(self) -> tuple[Tensor | None, ...]:

@@ -50,4 +50,5 @@ def _normalise_all(shares: list[_Share]) -> Sequence[Tensor]:
     comm = speaking(outer, layer, channels, compiling) if outer.size > 1 else LOCAL
     parts, eps = [share.part for share in shares], first.options.eps
     with torch.set_grad_enabled(any(share.wants_graph for share in shares)):
-        return normalise_parts(parts, first.running, eps, Exchange(comm), compiling)
+        exchange = Exchange(comm, first.accumulator)
+        return normalise_parts(parts, first.running, eps, exchange, compiling)

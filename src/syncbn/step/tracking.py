@@ -11,9 +11,10 @@ import torch.nn as nn
 from torch import Tensor
 
 from ..kernels import Running
-from ..numerics.moments import wide_dtype
+from ..numerics.moments import Merged, unpack, wide_dtype
 from ..tensors.recomputation import moves, moves_in_graph
 from ..tensors.storages import is_dtensor
+from .accumulation import Accumulator
 from .mode import Mode
 
 _NAMES = ("running_mean", "running_var", "num_batches_tracked", "num_batches_skipped")
@@ -28,24 +29,29 @@ class _Batch(NamedTuple):
 
 
 def begin_update(
-    running: Running, mode: Mode, skipped: Tensor | None = None
+    running: Running,
+    mode: Mode,
+    skipped: Tensor | None = None,
+    accumulator: Accumulator | None = None,
 ) -> tuple[Running, Callable[[], None] | None]:
     """What the kernels are to move, and by how much; then call what is returned, if anything.
 
     skipped: counts batches whose statistics are not finite, which then move nothing else; None for
-    a layer that lets them.
+    a layer that lets them. accumulator: for which statistics wait. Then nothing moves.
 
     A second forward of a checkpoint runs the same operations, as checkpointing demands, but moves
     by nothing. A compiled graph that was traced in the first forward runs in the second, too. So it
     moves copies, and asks whenever it runs whether to keep them.
     """
-    mean, var, batches, _ = running
+    mean, var, batches, momentum = running
     key = batches if mean is None else mean
     if mode.tracing or mean is None:
         skipped = None
     first: bool | Tensor
     if not mode.compiling:
         first = moves(key)
+        if first and accumulator is not None:
+            return Running(momentum=momentum), accumulator.keep
         if first and skipped is None:
             return running, None
     elif key is None or mode.exporting:
@@ -120,22 +126,41 @@ def _follow_if_finite(
     In tensors only: a device is not waited for.
     """
     mean, var, counted = batch
-    both, batches, momentum = running[:2], running.batches, running.momentum
     finite = counted >= 0
-    for old, new in zip(both, (mean, var), strict=True):
+    for old, new in zip(running[:2], (mean, var), strict=True):
         held = new if old is None else new.to(old.dtype)  # half overflows sooner
         finite = finite & held.isfinite().all()
     counted = counted * first
     skipped.add_(counted * ~finite)
-    counted = counted * finite
+    _follow(running, _Batch(mean, var, counted * finite))
+
+
+def _follow(running: Running, batch: _Batch) -> None:
+    """Move ``running`` towards the batch's, and count it, unless it is not to count."""
+    mean, var, counted = batch
+    _, _, batches, momentum = running
     if batches is not None:
         batches.add_(counted)
     wide = wide_dtype(mean.device)
     rate: float | Tensor = momentum or 0.0
     if momentum is None and batches is not None:
         rate = 1 / batches.to(wide).clamp_min(1)
-    move = (counted > 0) & (var >= 0).all()
-    for old, new in zip(both, (mean, var), strict=True):
-        if old is not None:
+    move = (counted > 0) & ~(var < 0).any()
+    for old, new in zip(running[:2], (mean, var), strict=True):
+        if old is not None and momentum != 0:  # 0·∞ would be no number
             now = old.to(wide)
             old.copy_(torch.where(move, (1 - rate) * now + rate * new, now))
+
+
+@torch.no_grad()
+def follow_merged(running: Running, merged: Merged, counted: Tensor | None = None) -> None:
+    """Move ``running`` once by all that was merged.
+
+    counted: how many batches that were, where it may be none; then nothing moves.
+    """
+    if merged.packed is None:
+        return
+    count, mean, m2 = unpack(merged.packed)
+    var = torch.where(count > 0, m2 / (count - 1).clamp_min(1), -1.0)
+    once = count.new_ones((), dtype=torch.int64) if counted is None else counted.clamp_max(1)
+    _follow(running, _Batch(mean, var, once))
