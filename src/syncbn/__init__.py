@@ -5,9 +5,10 @@
 
 Layers: SyncBatchNorm, SyncBatchNorm1d/2d/3d and their Lazy forms. Function: sync_batch_norm.
 Models: convert, revert, register_conversion; DataParallel, several devices in one process.
-Padding: masking, mask_from_lengths. Loaders of different lengths: until_all_done. Who takes part,
-and how they talk (through memory, where they are processes of one host): comm. The arithmetic, and
-its specification in plain torch operations (kernels.composite): kernels.
+Padding: masking, mask_from_lengths. Loaders of different lengths: until_all_done. Which layers gain
+by it: Monitor. Who takes part, and how they talk (through memory, where they are processes of one
+host): comm. The arithmetic, and its specification in plain torch operations (kernels.composite):
+kernels.
 Importing starts nothing.
 """
 
@@ -19,6 +20,8 @@ from .batches.uneven import until_all_done
 from .comm.frames import DesyncError
 from .comm.tracing import trace
 from .comm.waiting import timeout
+from .diagnose.monitor import observing as _observing
+from .diagnose.monitor.monitor import Monitor
 from .layers import lazy as _lazy
 from .layers import modules as _modules
 from .layers.functional import sync_batch_norm
@@ -44,6 +47,7 @@ __all__ = [
     "LazySyncBatchNorm1d",
     "LazySyncBatchNorm2d",
     "LazySyncBatchNorm3d",
+    "Monitor",
     "SyncBatchNorm",
     "SyncBatchNorm1d",
     "SyncBatchNorm2d",
@@ -69,6 +73,9 @@ for _name in __all__:
 # What a converted layer keeps of the class that it had: its pickles name this.
 _Origin = _registry.Origin
 _Origin.__module__, _Origin.__qualname__ = __name__, "_Origin"
+# What a monitored model's pickles name in place of its Monitor.
+_Hook = _observing.Hook
+_Hook.__module__, _Hook.__qualname__ = __name__, "_Hook"
 # Pickles of 0.1.0 name files.
 for _name, _module in (
     ("data_parallel", _data_parallel),

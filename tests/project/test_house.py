@@ -51,6 +51,13 @@ ROOMS = {
     ),
     "layers": ({"functional"}, {"modules"}, {"lazy"}),
     "diagnose": ({"traces"}, {"desync"}),
+    "diagnose/monitor": (
+        {"advice", "exchanging", "layers", "measuring", "picture"},
+        {"figures", "observing"},
+        {"record"},
+        {"tables"},
+        {"monitor"},
+    ),
     "batches": ({"nested"}, {"empty", "scatter", "transfer"}, {"uneven"}),
     "models": (
         {"graphs", "names", "quantisation", "registry", "replicate"},
