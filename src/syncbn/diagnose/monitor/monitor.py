@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import statistics
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,7 +12,7 @@ import torch.nn as nn
 from ...comm import refuse_join, resolve
 from . import picture
 from .advice import Advice, Situation, advise
-from .exchanging import ExchangeTime, check_step, gather, measure_exchange
+from .exchanging import ExchangeTime, check_step, gather, measure_exchange, middle_of
 from .figures import Layout, figures_of
 from .layers import find_layer, find_layers
 from .measuring import message_of
@@ -124,7 +123,7 @@ class Monitor:
         if self._advised[0] != latest:
             noise, times = self._record.series()["noise"], self._observer.seconds
             exchange = self._exchange or ExchangeTime()
-            step = statistics.median(times) if times else math.nan
+            step = middle_of(times) if times else math.nan
             self._advised = (
                 latest,
                 {
