@@ -97,8 +97,7 @@ def figures_of(rows: Tensor, layout: Layout) -> Figures:
     alive, dead_channels, nonfinite = sums[-3:]
     mean_squares = sums[: 2 * ranks + 1] / alive  # nan where there are none
     distances = mean_squares[:-1].view(2, ranks, layers)
-    several = have.sum(0).clamp_min(1)
-    overall = torch.where(have, distances, 0).sum(1) / several
+    overall = torch.where(have, distances, 0).sum(1) / have.sum(0)  # nan without any
     worth = _worth(count, samples, calls, mean_squares[-1], freedom)
     return Figures(
         torch.stack(

@@ -194,9 +194,10 @@ class Monitor:
 
     @torch.no_grad()
     def _observe(self, observation: Observation) -> None:
-        comm, (step, calls, device) = resolve(self._process_group), observation
+        comm, (model, step, calls, device) = resolve(self._process_group), observation
         if comm.size > 1:
-            refuse_join()
+            for ddp in (None, model):
+                refuse_join("Monitor", "a model that is watched", ddp)
         if self._exchange is None:
             self._exchange = measure_exchange(comm, device)
         check_step(comm, device, step, self._every)

@@ -37,6 +37,7 @@ class Hook:
 class Observation(NamedTuple):
     """step: 1 for the first forward in training; calls: of each layer; device: of their input."""
 
+    model: nn.Module
     step: int
     calls: list[list[Call]]
     device: torch.device
@@ -125,7 +126,7 @@ class Observer:
             return
         calls, device = self._calls, self._device or self._home
         self._stop()
-        self._observed(Observation(self.steps, calls, device))
+        self._observed(Observation(model, self.steps, calls, device))
 
     def _stop(self) -> None:
         self._calls = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -94,10 +95,14 @@ def _cells(row: Row) -> tuple[str, ...]:
     figures = (row.mean_distance, row.var_distance, row.noise)
     return (
         *(row.layer, str(row.channels)),
-        *(f"{figure:.3f}" for figure in figures),
-        *(f"{row.worth:.1f}", str(row.dead), str(row.nonfinite)),
+        *(_shown(figure, 3) for figure in figures),
+        *(_shown(row.worth, 1), str(row.dead), str(row.nonfinite)),
         str(row.skipped + row.skipped_batches),
     )
+
+
+def _shown(figure: float, digits: int) -> str:
+    return "–" if math.isnan(figure) else f"{figure:.{digits}f}"
 
 
 def _skipped_batches(module: nn.Module | None) -> int:
