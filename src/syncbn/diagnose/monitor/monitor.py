@@ -18,7 +18,7 @@ from .layers import find_layer, find_layers
 from .measuring import message_of
 from .observing import Observation, Observer
 from .record import Record, worth_of
-from .tables import Table, counted, table_of
+from .tables import Table, table_of
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -168,14 +168,14 @@ class Monitor:
         picture.check_target(to)
         self._check_observed("plot")
         alone, advice = self._ranks == 1, self.advice()
-        what = "a batch's mean is off" if alone else "each rank's own mean is from that of all"
+        title = f"How far each rank's own mean is from that of all {self._ranks} ranks"
         figure = picture.draw(
             picture.Map(
                 names=[layer.name for layer in self._layers],
-                ends=[_short(advice[layer.names[0]]) for layer in self._layers],
+                ends=[self._short(advice[layer.names[0]]) for layer in self._layers],
                 steps=self._record.steps,
                 values=self._record.series()["noise" if alone else "mean_distance"].t().tolist(),
-                title=f"How far {what}, {counted(self._ranks, 'rank')}",
+                title="How far a batch's mean is off (one rank)" if alone else title,
                 label="standard deviations",
             )
         )
@@ -183,6 +183,11 @@ class Monitor:
             figure.savefig(to)
         else:
             to.add_figure("syncbn/mean_distance", figure, self._record.steps[-1])
+
+    def _short(self, advice: Advice) -> str:
+        """For a picture's edge."""
+        size = advice.group_size
+        return f"{advice.action}, groups of {size}" if 1 < size < self._ranks else advice.action
 
     def _check_observed(self, operation: str) -> None:
         if not self._record.steps:
@@ -228,8 +233,3 @@ def _check_arguments(model: Any, every: Any, writer: Any) -> None:
             "Monitor: expected a writer with add_scalar(tag, value, step), such as TensorBoard's "
             f"SummaryWriter, got {type(writer).__name__}"
         )
-
-
-def _short(advice: Advice) -> str:
-    """For a picture's edge."""
-    return f"{advice.action}, k = {advice.group_size}" if advice.group_size > 1 else advice.action

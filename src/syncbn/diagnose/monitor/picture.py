@@ -70,6 +70,7 @@ def draw(found: Map) -> Any:
         lambda at, _: str(found.steps[int(at)]) if 0 <= at < columns else ""
     )
     axes.set_xlabel("step (forward in training)")
+    axes.set_ylabel("layer")
     axes.tick_params(axis="y", labelsize=8)
     axes.set_title(found.title, loc="left", fontsize=11)
     bar = figure.colorbar(image, ax=axes, pad=0.02, fraction=0.03 if rows > 8 else 0.05)

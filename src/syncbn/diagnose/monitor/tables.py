@@ -82,12 +82,12 @@ def table_of(record: Record, layers: Sequence[Layer], ranks: int, every: int) ->
             )
         )
     steps = len(record.steps)
-    title = f"{counted(ranks, 'rank')}, {counted(steps, 'step')} observed, every {every}"
+    title = f"{_counted(ranks, 'rank')}, {_counted(steps, 'step')} observed, every {every}"
     alone = "; one rank is not distant from itself" if ranks == 1 else ""
     return Table(rows, f"{title}{alone}")
 
 
-def counted(number: int, noun: str) -> str:
+def _counted(number: int, noun: str) -> str:
     return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
