@@ -60,7 +60,7 @@ def test_figures_equal_float64_over_the_whole_batch(ranks, sizes):
         model(shares(sizes)[rank])
         return monitor.table()
 
-    mean_distances, var_distances, worth = expected(shares(sizes))
+    mean_distances, var_distances, effective_size = expected(shares(sizes))
     mean, var = (np.sqrt(np.nanmean(np.square(each))) for each in (mean_distances, var_distances))
     tables = ranks(len(sizes), run)
     assert all(str(table) == str(tables[0]) for table in tables)
@@ -70,8 +70,8 @@ def test_figures_equal_float64_over_the_whole_batch(ranks, sizes):
     assert row.var_distances == pytest.approx(var_distances, **same)
     assert row.mean_distance == pytest.approx(mean, **same)
     assert row.var_distance == pytest.approx(var, **same)
-    assert row.worth == pytest.approx(worth, **same)
-    assert row.noise == pytest.approx(worth**-0.5, **same)
+    assert row.effective_size == pytest.approx(effective_size, **same)
+    assert row.noise == pytest.approx(effective_size**-0.5, **same)
     assert (row.dead, row.nonfinite, row.skipped) == (0, 0, int(0 in sizes))
 
 
@@ -98,7 +98,7 @@ def test_figures_are_free_of_scale_and_layout(change):
 
 
 @pytest.mark.parametrize(
-    ("images", "worth"),
+    ("images", "effective_size"),
     [
         pytest.param(lambda n: torch.randn(n, 64, 6, 6), (200, 288), id="independent pixels"),
         pytest.param(lambda n: torch.randn(n, 64, 1, 1).expand(-1, -1, 6, 6), (8, 9), id="flat"),
@@ -107,14 +107,14 @@ def test_figures_are_free_of_scale_and_layout(change):
         ),
     ],
 )
-def test_what_a_batch_is_worth(images, worth):
+def test_what_a_batch_is_worth(images, effective_size):
     """Of 8 images of 36 values: 288, 8, and by Kish's formula 8·2 / (1 + 1/36) = 15.6."""
     layer = nn.Sequential(nn.BatchNorm2d(64))
     monitor = syncbn.Monitor(layer, every=1)
     for _ in range(20):
         layer(images(8))
-    low, high = worth
-    assert low * 0.999 <= monitor.table()[0].worth <= high * 1.001
+    low, high = effective_size
+    assert low * 0.999 <= monitor.table()[0].effective_size <= high * 1.001
 
 
 def test_dead_channels_and_values_that_are_not_finite(ranks):
@@ -134,7 +134,7 @@ def test_dead_channels_and_values_that_are_not_finite(ranks):
     assert (first.dead, first.nonfinite, first.nonfinite_steps) == (1, 2, 1)
     assert (second.dead, second.nonfinite, second.nonfinite_steps) == (1, 2, 1)
     assert math.isfinite(first.mean_distance)
-    assert 3 <= first.worth <= 12  # of what is left
+    assert 3 <= first.effective_size <= 12  # of what is left
 
 
 def test_layers_without_values_are_counted(ranks):
@@ -181,12 +181,12 @@ def test_masked_values_do_not_count():
     other = syncbn.Monitor(plain)
     halves = [x[half].movedim(1, -1)[mask[half]] for half in (slice(0, 2), slice(2, 4))]
     plain(torch.cat(halves))
-    worth = monitor.table()[0].worth
-    assert 4 <= worth <= 18
+    effective_size = monitor.table()[0].effective_size
+    assert 4 <= effective_size <= 18
     between = sum(
         len(half) * (half.mean(0) - torch.cat(halves).mean(0)) ** 2 for half in halves
     ) / torch.cat(halves).var(0, correction=0)
-    assert worth == pytest.approx(min(max(18 / between.mean().item(), 4), 18), rel=1e-5)
+    assert effective_size == pytest.approx(min(max(18 / between.mean().item(), 4), 18), rel=1e-5)
     assert other.table()[0].channels == 2
 
 
@@ -205,7 +205,7 @@ def test_shared_layers_and_several_calls():
     model(torch.randn(40, 3))
     (row,) = monitor.table()
     assert row.layer == "a"
-    assert row.worth == pytest.approx(40)  # of one call
+    assert row.effective_size == pytest.approx(40)  # of one call
     assert monitor.where("b", model.b) is False
     assert list(monitor.advice()) == ["a"]
 

@@ -16,9 +16,15 @@ from syncbn.diagnose.monitor.exchanging import ExchangeTime
 
 
 @pytest.mark.parametrize(
-    ("ranks", "worth", "action", "group", "words"),
+    ("ranks", "effective_size", "action", "group", "words"),
     [
-        (4, 32.0, "leave local", 1, r"^leave local: .* worth 32 independent values, and 32 are en"),
+        (
+            4,
+            32.0,
+            "leave local",
+            1,
+            r"^leave local: .* effective_size 32 independent values, and 32 are en",
+        ),
         (4, 31.0, "synchronise", 2, r"^synchronise over groups of 2 ranks, which is enough: .* 62"),
         (4, 8.0, "synchronise", 4, r"^synchronise over all 4 ranks: .* 4 ranks' together 32"),
         (
@@ -42,19 +48,19 @@ from syncbn.diagnose.monitor.exchanging import ExchangeTime
         (4, math.nan, "leave local", 1, r"^leave local: it got no values in training"),
     ],
 )
-def test_what_is_advised(ranks, worth, action, group, words):
-    advice = advise(Situation(ranks=ranks, worth=worth, cost=2.1e-4, step=4.3e-3))
+def test_what_is_advised(ranks, effective_size, action, group, words):
+    advice = advise(Situation(ranks=ranks, effective_size=effective_size, cost=2.1e-4, step=4.3e-3))
     assert (advice.action, advice.group_size) == (action, group)
     assert bool(advice) is (action == "synchronise")
     assert re.search(words, str(advice)), str(advice)
-    priced = ranks > 1 and action != "freeze" and worth > 0
+    priced = ranks > 1 and action != "freeze" and effective_size > 0
     assert ("about 210 µs per step of 4.3 ms" in str(advice)) is priced
-    assert advice.noise == pytest.approx(worth**-0.5, nan_ok=True)
+    assert advice.noise == pytest.approx(effective_size**-0.5, nan_ok=True)
 
 
 def test_the_cost_of_a_layer():
     assert ExchangeTime(1e-4, 1e-8).of_layer(1000) == pytest.approx(2 * (1e-4 + 2e-5))
-    text = str(advise(Situation(ranks=2, worth=3.0, cost=1.5, step=math.nan)))
+    text = str(advise(Situation(ranks=2, effective_size=3.0, cost=1.5, step=math.nan)))
     assert text.endswith("; costs about 1.5 s per step")
 
 

@@ -158,7 +158,7 @@ def test_second_forwards_of_checkpointing_are_not_observed(options, whole):
     assert torch.equal(*gradients)
     (row,) = monitor.table()
     assert "1 step observed" in str(monitor.table())
-    assert row.worth == pytest.approx(8)  # of one call, not two
+    assert row.effective_size == pytest.approx(8)  # of one call, not two
 
 
 def test_a_forward_that_fails_is_forgotten():
@@ -183,7 +183,7 @@ def test_a_forward_that_fails_is_forgotten():
     model(torch.randn(4, 3))
     assert not model.bn._forward_pre_hooks
     model(torch.randn(6, 3))
-    assert monitor.table()[0].worth == pytest.approx(6)
+    assert monitor.table()[0].effective_size == pytest.approx(6)
 
 
 def test_bad_input_has_the_layers_own_error():
@@ -211,7 +211,7 @@ def test_replicas_in_one_process_are_observed():
     model = syncbn.DataParallel(syncbn.convert(nn.Sequential(nn.BatchNorm1d(64))), ["cpu"] * 2)
     monitor = syncbn.Monitor(model)
     model(torch.randn(8, 64))
-    assert monitor.table()[0].worth == pytest.approx(4)  # of each replica
+    assert monitor.table()[0].effective_size == pytest.approx(4)  # of each replica
 
 
 @pytest.mark.parametrize("when", ["before", "within"])

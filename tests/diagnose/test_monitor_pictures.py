@@ -88,7 +88,15 @@ def test_scalars_are_the_tables_figures():
     assert {step for *_, step in writer.scalars} == {1, 3, 5}
     tags = {tag for tag, *_ in writer.scalars}
     assert {tag.partition("/")[2] for tag in tags} == {"backbone", "head"}
-    names = ("mean_distance", "var_distance", "noise", "worth", "dead", "nonfinite", "skipped")
+    names = (
+        "mean_distance",
+        "var_distance",
+        "noise",
+        "effective_size",
+        "dead",
+        "nonfinite",
+        "skipped",
+    )
     assert {tag.partition("/")[0] for tag in tags} == {f"syncbn_{name}" for name in names}
     noise = [value for tag, value, _ in writer.scalars if tag == "syncbn_noise/head"]
     assert (sum(n**2 for n in noise) / 3) ** 0.5 == pytest.approx(monitor.table()[1].noise)

@@ -18,12 +18,12 @@ _MARGIN = 1 - 1e-9  # so that 32 samples, computed as 31.999…, are enough
 
 @dataclass(frozen=True)
 class Situation:
-    """worth: independent values in one rank's batch; nan where none was measured.
+    """effective_size: independent values in one rank's batch; nan where none was measured.
     cost, step: seconds that the layer's exchanges take in a step, and that a step takes; nan.
     """
 
     ranks: int
-    worth: float
+    effective_size: float
     cost: float
     step: float
 
@@ -53,38 +53,39 @@ class Advice:
 
 def advise(situation: Situation) -> Advice:
     """Synchronise where one rank's batch is worth less than ENOUGH, over as few ranks as do."""
-    ranks, worth = situation.ranks, situation.worth
-    noise = worth**-0.5 if worth > 0 else math.nan
-    if not worth > 0:
+    ranks, own = situation.ranks, situation.effective_size
+    noise = own**-0.5 if own > 0 else math.nan
+    if not own > 0:
         why = "leave local: it got no values in training, or none that are finite and differ"
         return Advice("leave local", 1, noise, situation.cost, why)
-    has = f"one rank's batch is worth {_number(worth)} independent values"
+    has = f"one rank's batch is worth {_number(own)} independent values"
     off = f"its mean is about {noise:.2f} deviations off"
     enough = f"{ENOUGH:g} are enough"
-    if worth >= ENOUGH * _MARGIN:
+    if own >= ENOUGH * _MARGIN:
         costs = _costs(situation, "synchronising would cost")
         text = f"leave local: {has}, and {enough} ({off}){costs}"
         return Advice("leave local", 1, noise, situation.cost, text)
     if ranks == 1:
-        wanted = math.ceil(ENOUGH * _MARGIN / worth)
+        wanted = math.ceil(ENOUGH * _MARGIN / own)
         text = (
             f"synchronise, once there are more ranks than this one: {has}, and {enough} ({off}); "
             f"{wanted} ranks with such batches would do, or a batch {wanted} times as large"
         )
         return Advice("synchronise", 1, noise, situation.cost, text)
-    if ranks * worth < FEW * _MARGIN:
+    if ranks * own < FEW * _MARGIN:
         text = (
             f"freeze: even all {ranks} ranks' batches together are worth "
-            f"{_number(ranks * worth)} independent values, less than {FEW:g}; keep the running "
+            f"{_number(ranks * own)} independent values, less than {FEW:g}; keep the running "
             "statistics of a trained model (eval mode), take larger batches, or a layer without "
             "statistics of a batch"
         )
         return Advice("freeze", 1, noise, situation.cost, text)
     size = next(
-        (k for k in range(2, ranks) if ranks % k == 0 and k * worth >= ENOUGH * _MARGIN), ranks
+        (k for k in range(2, ranks) if ranks % k == 0 and k * own >= ENOUGH * _MARGIN),
+        ranks,
     )
     over = f"all {ranks} ranks" if size == ranks else f"groups of {size} ranks, which is enough"
-    together = f"{size} ranks' together {_number(size * worth)}"
+    together = f"{size} ranks' together {_number(size * own)}"
     text = f"synchronise over {over}: {has}, {together}, and {enough} ({off})"
     text += _costs(situation, "costs")
     return Advice("synchronise", size, noise, situation.cost, text)

@@ -44,7 +44,15 @@ class Figures(NamedTuple):
 # Root mean square distances over ranks; noise of one batch's mean; how many independent values a
 # batch is worth; channels whose variance is below eps; channels that were not finite on some rank;
 # ranks on which the layer got no values.
-OVERALL = ("mean_distance", "var_distance", "noise", "worth", "dead", "nonfinite", "skipped")
+OVERALL = (
+    "mean_distance",
+    "var_distance",
+    "noise",
+    "effective_size",
+    "dead",
+    "nonfinite",
+    "skipped",
+)
 
 
 class Layout:
@@ -98,20 +106,20 @@ def figures_of(rows: Tensor, layout: Layout) -> Figures:
     mean_squares = sums[: 2 * ranks + 1] / alive  # nan where there are none
     distances = mean_squares[:-1].view(2, ranks, layers)
     overall = torch.where(have, distances, 0).sum(1) / have.sum(0)  # nan without any
-    worth = _worth(count, samples, calls, mean_squares[-1], freedom)
+    effective_size = _effective_size(count, samples, calls, mean_squares[-1], freedom)
     return Figures(
         torch.stack(
             (
                 *overall.sqrt(),
-                *(worth.rsqrt(), worth, dead_channels, nonfinite),
-                (~have).sum(0).to(worth),
+                *(effective_size.rsqrt(), effective_size, dead_channels, nonfinite),
+                (~have).sum(0).to(effective_size),
             )
         ),
         torch.where(have, distances, torch.nan).sqrt(),
     )
 
 
-def _worth(
+def _effective_size(
     count: Tensor, samples: Tensor, calls: Tensor, effect: Tensor, freedom: Tensor
 ) -> Tensor:
     """How many independent values one batch is worth (L,); nan where there was none.
@@ -121,5 +129,5 @@ def _worth(
     several = calls.sum(0)
     values, least = count.sum(0) / several, samples.sum(0) / several
     least = torch.minimum(least, values)
-    worth = torch.where(freedom > 0, values / effect, least)
-    return torch.minimum(torch.maximum(worth, least), values)
+    effective_size = torch.where(freedom > 0, values / effect, least)
+    return torch.minimum(torch.maximum(effective_size, least), values)

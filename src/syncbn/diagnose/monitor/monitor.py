@@ -17,7 +17,7 @@ from .figures import Layout, figures_of
 from .layers import find_layer, find_layers
 from .measuring import message_of
 from .observing import Observation, Observer
-from .record import Record, worth_of
+from .record import Record, effective_size_of
 from .tables import Table, table_of
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ class Monitor:
 
     - ``mean_distance``: |mᵣ − m| / √v, ``var_distance``: |vᵣ/v − 1|, of each rank;
     - ``noise``: standard error of the mean of one rank's batch, in parts of √v. It is worth^(−1/2),
-      where ``worth`` = nᵣ/deff is how many independent values the batch is worth, and deff is the
+      where ``effective_size`` = nᵣ/deff is how many independent values the batch is worth, and deff is the
       mean square between halves of batches over v, Kish's design effect (1965).
 
     Args:
@@ -79,7 +79,7 @@ class Monitor:
     ) -> None:
         _check_arguments(model, every, writer)
         self._process_group, self._every, self._writer = process_group, every, writer
-        self._ranks = resolve(process_group).size
+        self._ranks = resolve(process_group).size  # until a step is observed
         self._layers = find_layers(model)
         channels = [layer.channels for layer in self._layers]
         self._layout = Layout(channels, [layer.eps for layer in self._layers])
@@ -130,7 +130,7 @@ class Monitor:
                     layer.names[0]: advise(
                         Situation(
                             ranks=self._ranks,
-                            worth=worth_of(noise[:, number]),
+                            effective_size=effective_size_of(noise[:, number]),
                             cost=exchange.of_layer(layer.channels),
                             step=step,
                         )
@@ -200,6 +200,7 @@ class Monitor:
     @torch.no_grad()
     def _observe(self, observation: Observation) -> None:
         comm, (model, step, calls, device) = resolve(self._process_group), observation
+        self._ranks = comm.size
         if comm.size > 1:
             for ddp in (None, model):
                 refuse_join("Monitor", "a model that is watched", ddp)

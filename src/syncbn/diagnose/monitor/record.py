@@ -57,6 +57,6 @@ def rms(values: Tensor) -> float:
     return values[~values.isnan()].square().mean().sqrt().item()
 
 
-def worth_of(noise: Tensor) -> float:
+def effective_size_of(noise: Tensor) -> float:
     """How many independent values batches of this noise are worth."""
     return float(rms(noise) ** -2)

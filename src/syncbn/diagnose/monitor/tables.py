@@ -9,14 +9,14 @@ from typing import NamedTuple
 import torch.nn as nn
 
 from .layers import Layer
-from .record import Record, rms, worth_of
+from .record import Record, effective_size_of, rms
 
 
 class Row(NamedTuple):
     """One layer over the steps that were observed. Formulas: docs/monitor.md.
 
     mean_distance, var_distance: root mean square over ranks and steps; noise: likewise, of the mean
-    of one batch; worth: how many independent values such a batch is worth. All nan where the layer
+    of one batch; effective_size: how many independent values such a batch is worth. All nan where the layer
     got no values. mean_distances, var_distances: those of each rank. dead: channels whose variance
     was below eps in the last step that was observed. nonfinite: channels that were infinite or nan
     on some rank, the most in a step; nonfinite_steps: steps with any. skipped: steps in which the
@@ -29,7 +29,7 @@ class Row(NamedTuple):
     mean_distance: float
     var_distance: float
     noise: float
-    worth: float
+    effective_size: float
     dead: int
     nonfinite: int
     nonfinite_steps: int
@@ -39,7 +39,17 @@ class Row(NamedTuple):
     var_distances: tuple[float, ...]
 
 
-_HEADINGS = ("layer", "channels", "mean", "var", "noise", "worth", "dead", "nonfinite", "skipped")
+_HEADINGS = (
+    "layer",
+    "channels",
+    "mean",
+    "var",
+    "noise",
+    "effective",
+    "dead",
+    "nonfinite",
+    "skipped",
+)
 
 
 class Table(list[Row]):
@@ -71,7 +81,7 @@ def table_of(record: Record, layers: Sequence[Layer], ranks: int, every: int) ->
                 mean_distance=rms(own["mean_distance"]),
                 var_distance=rms(own["var_distance"]),
                 noise=rms(own["noise"]),
-                worth=worth_of(own["noise"]),
+                effective_size=effective_size_of(own["noise"]),
                 dead=int(own["dead"][-1]),
                 nonfinite=int(own["nonfinite"].max()),
                 nonfinite_steps=int((own["nonfinite"] > 0).sum()),
@@ -96,7 +106,7 @@ def _cells(row: Row) -> tuple[str, ...]:
     return (
         *(row.layer, str(row.channels)),
         *(_shown(figure, 3) for figure in figures),
-        *(_shown(row.worth, 1), str(row.dead), str(row.nonfinite)),
+        *(_shown(row.effective_size, 1), str(row.dead), str(row.nonfinite)),
         str(row.skipped + row.skipped_batches),
     )
 
