@@ -3,8 +3,8 @@
 python examples/monitor.py --out monitor.png
 
 Four processes train a small network on real handwritten digits, one image each, with torch's
-BatchNorm, and a Monitor watches. Then its advice converts the layers that gain, and training goes
-on. Needs the extra [cli].
+BatchNorm, and a Monitor watches. Then a new one trains with the layers synchronised that it
+advises. Needs the extra [cli].
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ import syncbn
 from syncbn.demo.data import Digits, batches, load
 from syncbn.demo.network import network
 from syncbn.demo.options import DemoOptions
+from syncbn.demo.train import LEARNING_RATE
 from syncbn.launch import launch
 
 
@@ -31,16 +32,19 @@ def run_rank(rank: int, task: Any, folder: Path, say: Callable[[Any], None]) -> 
     store = (folder / "store").as_uri()
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=options.ranks)
     torch.manual_seed(options.seed)  # the same initial weights everywhere
-    model = DistributedDataParallel(network())
-    with syncbn.Monitor(model.module, every=10) as monitor:
+    model = network()
+    with syncbn.Monitor(model, every=10) as monitor:
         train(rank, model, options, digits, steps)
+    torch.manual_seed(options.seed)
+    advised = syncbn.convert(network(), where=monitor.where)
+    train(rank, advised, options, digits, steps)
     if rank == 0:
         say(f"{monitor.table()}\n")
         for name, advice in monitor.advice().items():
             say(f"layer {name}: {advice}")
+        figures = [right(each, digits) for each in (model, advised)]
+        say("\nright on {:.0f} % without synchronisation, on {:.0f} % as advised".format(*figures))
         monitor.plot(out)
-    syncbn.convert(model.module, where=monitor.where)
-    train(rank, model, options, digits, steps)
     dist.destroy_process_group()
 
 
@@ -48,14 +52,24 @@ def train(
     rank: int, model: torch.nn.Module, options: DemoOptions, digits: Digits, steps: int
 ) -> None:
     """``steps`` steps, in which each rank takes its share of each batch."""
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.15)
+    parallel = DistributedDataParallel(model)
+    optimizer = torch.optim.SGD(parallel.parameters(), lr=LEARNING_RATE)
+    decay = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=steps)
     share = slice(rank * options.batch_per_rank, (rank + 1) * options.batch_per_rank)
     for batch in islice(batches(options), steps):
         mine = batch[share]
         optimizer.zero_grad()
-        scores = model(digits.train_images[mine])
+        scores = parallel(digits.train_images[mine])
         torch.nn.functional.cross_entropy(scores, digits.train_labels[mine]).backward()
         optimizer.step()
+        decay.step()
+
+
+@torch.no_grad()
+def right(model: torch.nn.Module, digits: Digits) -> float:
+    """The share of the validation images whose digit the model tells, in percent."""
+    found = model.eval()(digits.validation_images).argmax(1)
+    return 100 * (found == digits.validation_labels).double().mean().item()
 
 
 def main() -> None:
@@ -63,7 +77,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("monitor.png"), help="the picture")
     parser.add_argument("--ranks", type=int, default=4)
     parser.add_argument("--batch-per-rank", type=int, default=1)
-    parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--steps", type=int, default=700)
     given = parser.parse_args()
     options = DemoOptions(ranks=given.ranks, batch_per_rank=given.batch_per_rank)
     task = options, load(options), given.steps, given.out.absolute()

@@ -23,7 +23,7 @@ from syncbn.diagnose.monitor.exchanging import ExchangeTime
             32.0,
             "leave local",
             1,
-            r"^leave local: .* effective_size 32 independent values, and 32 are en",
+            r"^leave local: .* worth 32 independent values, and 32 are en",
         ),
         (4, 31.0, "synchronise", 2, r"^synchronise over groups of 2 ranks, which is enough: .* 62"),
         (4, 8.0, "synchronise", 4, r"^synchronise over all 4 ranks: .* 4 ranks' together 32"),

@@ -106,13 +106,13 @@ def figures_of(rows: Tensor, layout: Layout) -> Figures:
     mean_squares = sums[: 2 * ranks + 1] / alive  # nan where there are none
     distances = mean_squares[:-1].view(2, ranks, layers)
     overall = torch.where(have, distances, 0).sum(1) / have.sum(0)  # nan without any
-    effective_size = _effective_size(count, samples, calls, mean_squares[-1], freedom)
+    effective = _effective_size(count, samples, calls, mean_squares[-1], freedom)
     return Figures(
         torch.stack(
             (
                 *overall.sqrt(),
-                *(effective_size.rsqrt(), effective_size, dead_channels, nonfinite),
-                (~have).sum(0).to(effective_size),
+                *(effective.rsqrt(), effective, dead_channels, nonfinite),
+                (~have).sum(0).to(effective),
             )
         ),
         torch.where(have, distances, torch.nan).sqrt(),
@@ -129,5 +129,5 @@ def _effective_size(
     several = calls.sum(0)
     values, least = count.sum(0) / several, samples.sum(0) / several
     least = torch.minimum(least, values)
-    effective_size = torch.where(freedom > 0, values / effect, least)
-    return torch.minimum(torch.maximum(effective_size, least), values)
+    effective = torch.where(freedom > 0, values / effect, least)
+    return torch.minimum(torch.maximum(effective, least), values)

@@ -16,12 +16,12 @@ class Row(NamedTuple):
     """One layer over the steps that were observed. Formulas: docs/monitor.md.
 
     mean_distance, var_distance: root mean square over ranks and steps; noise: likewise, of the mean
-    of one batch; effective_size: how many independent values such a batch is worth. All nan where the layer
-    got no values. mean_distances, var_distances: those of each rank. dead: channels whose variance
-    was below eps in the last step that was observed. nonfinite: channels that were infinite or nan
-    on some rank, the most in a step; nonfinite_steps: steps with any. skipped: steps in which the
-    layer got no values, or was not called, on some rank. skipped_batches: what the layer counts
-    where it has ``skip_nonfinite``.
+    of one batch; effective_size: how many independent values such a batch is worth. All nan where
+    the layer got no values. mean_distances, var_distances: those of each rank.
+    dead: channels whose variance was below eps in the last step that was observed.
+    nonfinite: channels that were infinite or nan on some rank, the most in a step;
+    nonfinite_steps: steps with any. skipped: steps in which the layer got no values, or was not
+    called, on some rank. skipped_batches: what the layer counts where it has ``skip_nonfinite``.
     """
 
     layer: str
