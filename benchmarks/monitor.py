@@ -9,13 +9,14 @@ A network with residual blocks (of ResNet-18's kind, half as wide) trains under
 DistributedDataParallel, twice with the same batches: one that a Monitor watches and one that none
 does. What is compared runs in turn, `every` steps at a time, of which one is observed: the ratio
 is the median of the rounds' own ratios, its spread half the distance between their quartiles, on
-rank 0.
+rank 0. CPU time, of all threads of that rank, is what a busy machine changes least.
 """
 
 from __future__ import annotations
 
 import copy
 import statistics
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ from torch.nn.parallel import DistributedDataParallel
 import syncbn
 from cpu_picture import report
 from layer import join_gloo, run_ranks
-from timing import interleaved, summary
+from timing import WARM_UP, interleaved, summary
 
 DEPTH = 2  # blocks of each width
 
@@ -86,16 +87,38 @@ def run_rank(rank: int, task: tuple, folder: Path, _: object) -> dict[str, Any]:
     monitor = syncbn.Monitor(models["with"], every=every)
     torch.manual_seed(rank + 1)
     images, labels = torch.randn(batch, 3, size, size), torch.randint(10, (batch,))
-    steps = {name: training_steps(model, images, labels, every) for name, model in models.items()}
+    cpu: dict[str, list[float]] = {name: [] for name in models}
+    steps = {
+        name: counted(training_steps(model, images, labels, every), cpu[name])
+        for name, model in models.items()
+    }
     times = interleaved(steps, rounds)
     monitor.close()
-    ratios = [a / b for a, b in zip(times["with"], times["without"], strict=True)]
-    low, middle, high = statistics.quantiles(ratios, n=4)
     row: dict[str, Any] = {"images": images.shape, "layers": len(monitor.table()), "every": every}
     for name, values in times.items():
         each = [value / every for value in values]
         row[f"{name}_ms"] = summary(each, each)[:2]
-    return row | {"with_over_without": (middle, (high - low) / 2)}
+    row["with_over_without"] = ratio(times)
+    cpu = {name: values[WARM_UP:] for name, values in cpu.items()}
+    return row | {"same_in_CPU_time": ratio(cpu)}
+
+
+def counted(run: Callable[[], None], seconds: list[float]) -> Callable[[], None]:
+    """``run``, whose CPU seconds are noted."""
+
+    def go() -> None:
+        before = time.process_time()
+        run()
+        seconds.append(time.process_time() - before)
+
+    return go
+
+
+def ratio(times: dict[str, list[float]]) -> tuple[float, float]:
+    """Median and half the interquartile distance of the rounds' ratios."""
+    ratios = [a / b for a, b in zip(times["with"], times["without"], strict=True)]
+    low, middle, high = statistics.quantiles(ratios, n=4)
+    return middle, (high - low) / 2
 
 
 @click.command(help=__doc__)
