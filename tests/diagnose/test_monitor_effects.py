@@ -86,7 +86,7 @@ def test_one_message_at_the_end_of_each_observed_step():
     syncbn.Monitor(model, every=3, process_group=comm)
     for _ in range(7):
         model(torch.randn(4, 3))
-    layers, message = ["layer"] * 2, [(2,), (2 * 4 + 3 * 6,)]
+    layers, message = ["layer"] * 2, [(2,), (2 * 2 + 2 * (2 + 2 * 6),)]
     timing = [(64,)] * 5 + [(8192,)] * 5
     later = layers * 3 + message
     assert comm.noted == [*layers, *timing, *message, *later, *later]

@@ -25,7 +25,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .measuring import HEAD, PER_CHANNEL
+from ...numerics.moments import wide_dtype
+from .measuring import HEAD, PARTS
 
 _ROUNDING = 1e-12  # of a variance, relative to the squared mean
 
@@ -55,22 +56,36 @@ OVERALL = (
 )
 
 
+class Places(NamedTuple):
+    """Where things are: of each layer's count (L,), of each channel's mean and M2 (ΣC,) in packed
+    moments of all layers; each channel's layer and its eps (ΣC,).
+    """
+
+    counts: Tensor
+    mean: Tensor
+    m2: Tensor
+    layer: Tensor
+    eps: Tensor
+
+
 class Layout:
     """How the layers' channels lie in a message."""
 
     def __init__(self, channels: Sequence[int], eps: Sequence[float]) -> None:
-        self.channels = list(channels)
-        self._host = torch.tensor(eps, dtype=torch.float64, device="cpu")
-        self._kept: dict[torch.device, tuple[Tensor, Tensor]] = {}
+        self.channels, self._eps = list(channels), list(eps)
+        self._kept: dict[torch.device, Places] = {}
 
-    def on(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Of every channel, its layer's number and eps."""
+    def on(self, device: torch.device) -> Places:
         if device not in self._kept:
             sizes = torch.tensor(self.channels, device="cpu")
-            numbers = torch.arange(len(sizes), device="cpu").repeat_interleave(sizes)
-            eps = self._host[numbers]
-            wide = eps.float() if device.type == "mps" else eps
-            self._kept[device] = numbers.to(device), wide.to(device)
+            layer = torch.arange(len(sizes), device="cpu").repeat_interleave(sizes)
+            begin = torch.cat((sizes.new_zeros(1), (1 + 2 * sizes).cumsum(0)[:-1]))
+            within = torch.cat([torch.arange(size, device="cpu") for size in self.channels])
+            mean = begin[layer] + 1 + within
+            eps = torch.tensor(self._eps, dtype=torch.float64, device="cpu")[layer]
+            wide = eps.to(wide_dtype(device))
+            places = begin, mean, mean + sizes[layer], layer, wide
+            self._kept[device] = Places(*(each.to(device) for each in places))
         return self._kept[device]
 
     def per_layer(self, values: Tensor) -> Tensor:
@@ -81,42 +96,53 @@ class Layout:
 def figures_of(rows: Tensor, layout: Layout) -> Figures:
     """The figures of all ranks' messages (W, n)."""
     ranks, layers = len(rows), len(layout.channels)
-    of_channel, eps = layout.on(rows.device)
-    heads = rows[:, : HEAD * layers].view(ranks, HEAD, layers)
-    mean, m2, between = rows[:, HEAD * layers :].view(ranks, PER_CHANNEL, -1).unbind(1)
-    count, samples, calls, degrees = heads.unbind(1)
-    have = count > 0
-    n, had = count[:, of_channel], have[:, of_channel]
-    total = n.sum(0).clamp_min(1)
-    centre = (n / total * mean).sum(0)
-    square = (mean - centre).square()
-    among = (n * square).sum(0)
-    variance = (m2.sum(0) + among) / total
-    finite = (mean.isfinite() & m2.isfinite()).all(0)
-    live = finite & variance.isfinite() & (variance > _ROUNDING * centre.square())
-    freedom = degrees.sum(0) + have.sum(0) - 1
-    effect = (between.sum(0) + among) / freedom.clamp_min(1)[of_channel] / variance
-    apart = (m2 / n.clamp_min(1) / variance - 1).square()
-    dead = finite & (variance < eps) & (n.sum(0) > 0)
-    kept = torch.cat((square / variance, apart, effect.unsqueeze(0)))
-    kept = torch.where(live & torch.cat((had, had, had.any(0, keepdim=True))), kept, 0)
-    marks = torch.stack((live & had.any(0), dead, ~finite)).to(kept)
+    places = layout.on(rows.device)
+    samples, calls = rows[:, : HEAD * layers].view(ranks, HEAD, layers).unbind(1)
+    parts = rows[:, HEAD * layers :].view(ranks, PARTS, -1)
+    count = parts[..., places.counts]
+    halves = Sets(count[..., places.layer], parts[..., places.mean], parts[..., places.m2])
+    own, between = united(halves, 1)  # of each rank
+    whole, among = united(own, 0)  # of all
+    variance = whole.m2 / whole.count.clamp_min(1)
+    square = (own.mean - whole.mean).square()
+    finite = (own.mean.isfinite() & own.m2.isfinite()).all(0)
+    live = finite & variance.isfinite() & (variance > _ROUNDING * whole.mean.square())
+    have, had = count.sum(1) > 0, own.count > 0
+    freedom = (count > 0).sum((0, 1)) - 1
+    mean_square = (between.sum(0) + among) / freedom.clamp_min(1)[places.layer]
+    apart = (own.m2 / own.count.clamp_min(1) / variance - 1).square()
+    kept = torch.cat((square / variance, apart, (mean_square / variance).unsqueeze(0)))
+    any_had = had.any(0)
+    kept = torch.where(live & torch.cat((had, had, any_had.unsqueeze(0))), kept, 0)
+    dead = finite & (variance < places.eps) & any_had
+    marks = torch.stack((live & any_had, dead, ~finite)).to(kept)
     sums = layout.per_layer(torch.cat((kept, marks)))
-    alive, dead_channels, nonfinite = sums[-3:]
-    mean_squares = sums[: 2 * ranks + 1] / alive  # nan where there are none
+    mean_squares = sums[: 2 * ranks + 1] / sums[-3]  # nan where no channel is live
     distances = mean_squares[:-1].view(2, ranks, layers)
     overall = torch.where(have, distances, 0).sum(1) / have.sum(0)  # nan without any
-    effective = _effective_size(count, samples, calls, mean_squares[-1], freedom)
+    effective = _effective_size(count.sum((0, 1)), samples, calls, mean_squares[-1], freedom)
+    counts = (*sums[-2:], (~have).sum(0).to(sums))
     return Figures(
-        torch.stack(
-            (
-                *overall.sqrt(),
-                *(effective.rsqrt(), effective, dead_channels, nonfinite),
-                (~have).sum(0).to(effective),
-            )
-        ),
+        torch.stack((*overall.sqrt(), effective.rsqrt(), effective, *counts)),
         torch.where(have, distances, torch.nan).sqrt(),
     )
+
+
+class Sets(NamedTuple):
+    """Moments of several sets, whose counts differ from channel to channel: (…, ΣC) each."""
+
+    count: Tensor  # type: ignore[assignment]  # it hides tuple.count
+    mean: Tensor
+    m2: Tensor
+
+
+def united(sets: Sets, dim: int) -> tuple[Sets, Tensor]:
+    """The union of the sets along a dimension, and the part of its M2 that is between them."""
+    count = sets.count.sum(dim)
+    mean = (sets.count * sets.mean).sum(dim) / count.clamp_min(1)
+    distance = sets.mean - mean.unsqueeze(dim)
+    between = (sets.count * distance * distance).sum(dim)
+    return Sets(count, mean, sets.m2.sum(dim) + between), between
 
 
 def _effective_size(
@@ -126,8 +152,8 @@ def _effective_size(
 
     Where there is a single part nobody knows how samples differ: then as many as samples.
     """
-    several = calls.sum(0)
-    values, least = count.sum(0) / several, samples.sum(0) / several
+    batches = calls.sum(0)
+    values, least = count / batches, samples.sum(0) / batches
     least = torch.minimum(least, values)
     effective = torch.where(freedom > 0, values / effect, least)
     return torch.minimum(torch.maximum(effective, least), values)

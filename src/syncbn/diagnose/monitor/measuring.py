@@ -17,14 +17,17 @@ from ...numerics.moments import merge, stacked, unpack, wide_dtype
 from ...step.masked import check_mask, resolve_mask
 from ...tensors.storages import PLAIN, has_storage
 
-HEAD = 4  # numbers of a layer in a message, before those of its channels: see Message
-PER_CHANNEL = 3
+PARTS = 2  # of a batch: its halves
+HEAD = 2  # numbers of a layer in a message that are no moments: see message_of
 
 
 class Call(NamedTuple):
-    """Moments (k, 1 + 2C) of the parts of one call's batch, and how many samples it has."""
+    """Packed moments (1 + 2C,) of each half of one call's batch; how many samples it has.
 
-    parts: Tensor
+    A batch of one sample has a first half only.
+    """
+
+    halves: list[Tensor]
     samples: int
 
 
@@ -58,13 +61,13 @@ def input_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
     return plain
 
 
-def _measure_halves(x: Tensor, mask: Tensor | None) -> Tensor:
+def _measure_halves(x: Tensor, mask: Tensor | None) -> list[Tensor]:
     middle = len(x) // 2
     halves = [slice(0, middle), slice(middle, None)] if middle else [slice(None)]
     if mask is None:
         steps = select_kernels(x).steps
-        return torch.stack([steps.measure(x[half]) for half in halves])
-    return torch.stack([composite.measure(x[half], mask[half]) for half in halves])
+        return [steps.measure(x[half]) for half in halves]
+    return [composite.measure(x[half], mask[half]) for half in halves]
 
 
 def message_of(
@@ -72,32 +75,24 @@ def message_of(
 ) -> Tensor:
     """What this rank says of all layers, whether they were called or not: one tensor (n,).
 
-    Of each layer: how many values per channel, samples and calls there were, and how many parts
-    beyond the first of each call; then of all layers' channels the mean, M2, and the part of M2
-    that is between parts of calls. n is a function of ``channels`` alone.
+    How many samples and calls each layer had; then packed moments of the first half of each
+    layer's batches, and of the second. n is a function of ``channels`` alone.
     """
     dtype = wide_dtype(device)
-    counts, known, columns = [], [], []
-    for own, size in zip(calls, channels, strict=True):
-        if own:
-            count, *totals = _totals(own)
-        else:
-            count = torch.zeros((), dtype=dtype, device=device)
-            totals = [count.expand(size)] * PER_CHANNEL
-        counts.append(count.reshape(1).to(device, dtype))
-        columns.append(torch.stack(totals).to(device, dtype))
-        samples = sum(call.samples for call in own)
-        known.append((samples, len(own), sum(len(call.parts) - 1 for call in own)))
-    host = torch.tensor(known, dtype=dtype, device="cpu").t().flatten()
-    return torch.cat((*counts, host.to(device, non_blocking=True), torch.cat(columns, 1).flatten()))
+    known = [[sum(call.samples for call in own) for own in calls], [len(own) for own in calls]]
+    head = torch.tensor(known, dtype=dtype, device="cpu").flatten()
+    halves = [
+        _union([call.halves[part] for call in own if part < len(call.halves)], size, device)
+        for part in range(PARTS)
+        for own, size in zip(calls, channels, strict=True)
+    ]
+    return torch.cat((head.to(device, non_blocking=True), *halves))
 
 
-def _totals(calls: Sequence[Call]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Count (), mean, M2 and M2 between parts (C,) of a layer's calls."""
-    sets = [unpack(call.parts) for call in calls]
-    merged = [merge(each) for each in sets]
-    between = [whole.m2 - each.m2.sum(0) for whole, each in zip(merged, sets, strict=True)]
-    if len(calls) == 1:
-        return (*merged[0], between[0])
-    whole = merge(unpack(stacked([each.pack() for each in merged])))
-    return (*whole, stacked(between).sum(0))
+def _union(sets: Sequence[Tensor], size: int, device: torch.device) -> Tensor:
+    """Packed moments (1 + 2C,) of these sets together, there."""
+    dtype = wide_dtype(device)
+    if not sets:
+        return torch.zeros(1 + 2 * size, dtype=dtype, device=device)
+    union = sets[0] if len(sets) == 1 else merge(unpack(stacked(sets))).pack()
+    return union.to(device, dtype)

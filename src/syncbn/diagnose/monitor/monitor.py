@@ -48,7 +48,7 @@ class Monitor:
             copies and pickles of the model have none.
         every: observe one of so many steps, at least 1.
         process_group: as for :class:`syncbn.SyncBatchNorm`; the ranks to compare. Each receives
-            the moments of all of them: 24 bytes times channels times ranks.
+            the moments of all of them: 32 bytes times channels times ranks.
         writer: gets the figures of each observed step as scalars: a TensorBoard SummaryWriter, or
             anything with ``add_scalar(tag, value, step)``. Give it on one rank.
 
