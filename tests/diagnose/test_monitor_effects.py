@@ -117,10 +117,16 @@ def test_evaluation_is_not_observed():
     assert "1 step observed" in str(monitor.table())
 
 
+class Summed(nn.Module):
+    def forward(self, x):
+        return x * x.square().sum(0)
+
+
 class Checkpointed(nn.Module):
     def __init__(self, **options):
         super().__init__()
-        self.block, self.options = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)), options
+        self.block = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), Summed())
+        self.options = options
 
     def forward(self, x):
         return checkpoint(self.block, x, **self.options)
@@ -146,7 +152,8 @@ def _contexts():
     ],
     ids=["reentrant", "not", "selective"],
 )
-def test_second_forwards_of_checkpointing_are_not_observed(options, whole):
+def test_second_forwards_of_checkpointing_are_not_observed(options, whole, monkeypatch):
+    monkeypatch.setattr(syncbn.kernels, "_usable", {"composite"})  # which sums, too
     model, x = Checkpointed(**options), torch.randn(8, 3)
     plain = copy.deepcopy(model)
     monitor = syncbn.Monitor(model.block if whole else model, every=1)
@@ -159,6 +166,25 @@ def test_second_forwards_of_checkpointing_are_not_observed(options, whole):
     (row,) = monitor.table()
     assert "1 step observed" in str(monitor.table())
     assert row.effective_size == pytest.approx(8)  # of one call, not two
+    monitor.close()
+    with syncbn.Monitor(model.block if whole else model, every=2) as monitor:
+        for _ in range(2):
+            model(x.clone().requires_grad_()).sum().backward()
+    assert "1 step observed" in str(monitor.table())  # the first of two
+
+
+def test_a_second_forward_within_the_first_is_not_observed():
+    class Penalised(Checkpointed):
+        def forward(self, x):
+            y = super().forward(x)
+            (gradient,) = torch.autograd.grad(y.pow(2).sum(), x)
+            return y + gradient.sum()
+
+    model, calls = Penalised(use_reentrant=False), []
+    model.register_forward_hook(lambda *_: calls.extend(monitor._observer._calls[0]))
+    monitor = syncbn.Monitor(model)
+    model(torch.randn(8, 3).requires_grad_())
+    assert len(calls) == 1  # of two forwards
 
 
 def test_a_forward_that_fails_is_forgotten():
