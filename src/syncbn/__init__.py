@@ -5,7 +5,8 @@
 
 Layers: SyncBatchNorm, SyncBatchNorm1d/2d/3d and their Lazy forms. Function: sync_batch_norm.
 Models: convert, revert, register_conversion; DataParallel, several devices in one process; freeze,
-unfreeze.
+unfreeze. Which layers gain by it: Monitor. Statistics over all data, and over steps: recalibrate,
+sync_buffers, accumulating.
 Padding: masking, mask_from_lengths. Loaders of different lengths: until_all_done. Who takes part,
 and how they talk (through memory, where they are processes of one host): comm. The arithmetic, and
 its specification in plain torch operations (kernels.composite): kernels.
@@ -21,6 +22,8 @@ from .comm.frames import DesyncError
 from .comm.tracing import trace
 from .comm.waiting import timeout
 from .diagnose.buffers import sync_buffers
+from .diagnose.monitor import observing as _observing
+from .diagnose.monitor.monitor import Monitor
 from .diagnose.recalibrate import recalibrate
 from .layers import lazy as _lazy
 from .layers import modules as _modules
@@ -51,6 +54,7 @@ __all__ = [
     "LazySyncBatchNorm1d",
     "LazySyncBatchNorm2d",
     "LazySyncBatchNorm3d",
+    "Monitor",
     "SyncBatchNorm",
     "SyncBatchNorm1d",
     "SyncBatchNorm2d",
@@ -83,6 +87,9 @@ _Origin = _registry.Origin
 _Origin.__module__, _Origin.__qualname__ = __name__, "_Origin"
 _Frozen.__module__, _Frozen.__qualname__ = __name__, "_Frozen"  # and what froze one
 _ignore.__module__, _ignore.__qualname__, _ignore.__name__ = __name__, "_ignore", "_ignore"
+# What a monitored model's pickles name in place of its Monitor.
+_Hook = _observing.Hook
+_Hook.__module__, _Hook.__qualname__ = __name__, "_Hook"
 # Pickles of 0.1.0 name files.
 for _name, _module in (
     ("data_parallel", _data_parallel),

@@ -59,6 +59,13 @@ ROOMS = {
         {"agreement", "progress", "traces"},
         {"buffers", "desync", "recalibrate"},
     ),
+    "diagnose/monitor": (
+        {"advice", "exchanging", "layers", "measuring", "picture"},
+        {"figures", "observing"},
+        {"record"},
+        {"tables"},
+        {"monitor"},
+    ),
     "batches": ({"nested"}, {"empty", "scatter", "transfer"}, {"uneven"}),
     "models": (
         {"graphs", "names", "quantisation", "registry", "replicate"},

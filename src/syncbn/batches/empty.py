@@ -129,12 +129,12 @@ class Watched:
         if torch.compiler.is_compiling() or not self.contexts:
             return self._forward(*args, **kwargs)
         running = _Running(self.model, (args, kwargs))
-        closed = {
-            part for layer in self.model.modules() if _closed(layer) for part in layer.modules()
+        unseen = {
+            part for layer in self.model.modules() if closed(layer) for part in layer.modules()
         }
         with ExitStack() as hooks:
             for name, layer in self.model.named_modules():
-                if layer is not self.model and layer not in closed:
+                if layer is not self.model and layer not in unseen:
                     running.watch(name, layer, hooks)
             try:
                 return self._forward(*args, **kwargs)
@@ -191,7 +191,7 @@ class _Running:
         return next((stack[-1] for stack in others if stack), own[-1])
 
 
-def _closed(layer: nn.Module) -> bool:
+def closed(layer: nn.Module) -> bool:
     """Whether hooks see nothing of what runs inside: it is compiled."""
     compiled = getattr(layer, "_compiled_call_impl", None) is not None
     return compiled or hasattr(layer, "_orig_mod") or isinstance(layer, torch.jit.ScriptModule)

@@ -150,19 +150,22 @@ def _not_a_member(operation: str) -> str:
     return f"process_group: rank {dist.get_rank()} is not in {operation}; {_REMEDY}"
 
 
-def refuse_join() -> None:
+def refuse_join(
+    operation: str = "sync_batch_norm", around: str = "a synchronised layer", ddp: Any = None
+) -> None:
     """Refuse to communicate in DistributedDataParallel's ``join()``.
 
     A rank that has joined stands in for DDP's collectives alone: a layer's would meet them, or
-    wait for ever.
+    wait for ever. ddp: the one whose ``join()`` it would be; None for the one whose forward runs.
     """
-    ddp = getattr(DistributedDataParallel, "_active_ddp_module", None)
+    if ddp is None:
+        ddp = getattr(DistributedDataParallel, "_active_ddp_module", None)
     config = getattr(ddp, "_join_config", None)
     if config is not None and config.enable and not config.throw_on_early_termination:
         raise RuntimeError(
-            "sync_batch_norm: expected no DistributedDataParallel.join() around a synchronised "
-            f"layer, got one on rank {dist.get_rank()}: ranks that have joined take no part in "
-            "the layer's statistics, and the others would wait for them; iterate over "
-            "syncbn.until_all_done(loader) instead, or pass throw_on_early_termination=True to "
-            "join(). DistributedDataParallel stays in join()'s mode afterwards: wrap the model anew"
+            f"{operation}: expected no DistributedDataParallel.join() around {around}, got one on "
+            f"rank {dist.get_rank()}: ranks that have joined take no part in its statistics, and "
+            "the others would wait for them; iterate over syncbn.until_all_done(loader) instead, "
+            "or pass throw_on_early_termination=True to join(). DistributedDataParallel stays in "
+            "join()'s mode afterwards: wrap the model anew"
         )
