@@ -5,7 +5,7 @@ READY := .venv/.ready
 
 WHEEL := build/wheel
 
-.PHONY: setup demo test test-all test-composite test-kernels test-native test-compilers test-aarch64 test-wheel coverage mutants lint format bench-toy gpu-check clean
+.PHONY: setup demo test test-all test-composite test-kernels test-native test-compilers test-aarch64 test-wheel coverage mutants hostile hostile-sanitized lint format bench-toy gpu-check clean
 
 setup: $(READY)
 
@@ -56,9 +56,11 @@ SANITIZED := -std=c++17 -O1 -g -fno-math-errno -fno-strict-aliasing -Wno-psabi -
 
 # As in setup.py: some files are for newer processors than the others.
 ifneq ($(findstring x86_64,$(shell $(CXX) -dumpmachine 2>/dev/null)),)
-$(NATIVE)/isa_v3.o: LEVEL := -march=x86-64-v3
-$(NATIVE)/isa_v4.o: LEVEL := -march=x86-64-v4
+V3 := -march=x86-64-v3
+V4 := -march=x86-64-v4
 endif
+$(NATIVE)/isa_v3.o: LEVEL := $(V3)
+$(NATIVE)/isa_v4.o: LEVEL := $(V4)
 
 HEADERS := $(filter-out csrc/torch/%,$(wildcard csrc/*/*.h))
 
@@ -79,6 +81,32 @@ test-native: $(NATIVE)/test_loops $(NATIVE)/test_samples $(NATIVE)/test_exchange
 	$(NATIVE)/test_loops
 	$(NATIVE)/test_samples
 	$(NATIVE)/test_exchange
+
+# Everything that can be fed to a layer: some 20 minutes. Then a part of it with the sanitizers in the
+# library, which is built anew for that; their runtime must be there before Python is.
+hostile: $(READY)
+	cd tests && ../$(BIN)/python -m hostile
+
+SANITIZED_LIBRARY := $(NATIVE)/libsyncbn.so
+RUNTIME = $(shell $(CXX) -print-file-name=libasan.so) $(shell $(CXX) -print-file-name=libubsan.so)
+TORCH = $(shell $(BIN)/python -c 'import importlib.util as u; print(u.find_spec("torch").submodule_search_locations[0])')
+
+hostile-sanitized: $(READY) $(SANITIZED_LIBRARY)
+	cd tests && LD_PRELOAD="$(RUNTIME)" ASAN_OPTIONS=detect_leaks=0 \
+	  HOSTILE_LIBRARY=$(abspath $(SANITIZED_LIBRARY)) \
+	  ../$(BIN)/python -m hostile --single 3000 --operators 12000 --ranked 0 --no-faults
+
+$(NATIVE)/shared_%.o: csrc/loops/%.cpp $(HEADERS)
+	@mkdir -p $(NATIVE)
+	$(CXX) $(SANITIZED) $(LEVEL) -fPIC -Icsrc -c $< -o $@
+
+$(NATIVE)/shared_isa_v3.o: LEVEL := $(V3)
+$(NATIVE)/shared_isa_v4.o: LEVEL := $(V4)
+
+$(SANITIZED_LIBRARY): $(wildcard csrc/*/*) $(foreach isa,baseline v3 v4,$(NATIVE)/shared_isa_$(isa).o)
+	$(CXX) $(SANITIZED) -fPIC -shared -fvisibility=hidden -DTORCH_TARGET_VERSION=0x020a000000000000 \
+	  -Icsrc -isystem $(TORCH)/include csrc/torch/register.cpp csrc/exchange/shared_memory.cpp \
+	  $(filter %.o,$^) -L$(TORCH)/lib -ltorch_cpu -o $@
 
 # With every compiler that is here, and for AArch64 in an emulator.
 test-compilers: $(READY)

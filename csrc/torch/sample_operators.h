@@ -28,7 +28,9 @@ class Samples {
 
   // x and perhaps dy, to be viewed sample by sample. Whether they are copied, and so which loops
   // run, must follow from a sample's own strides, however many other samples there are.
-  Problem problem(Dtype dtype, const Tensor& x, const Tensor* dy) const {
+  Problem problem(const char* op, Dtype dtype, const Tensor& x, const Tensor* dy) const {
+    check_apart(op, x);
+    if (dy) check_apart(op, *dy);
     Problem p = unviewed_problem(dtype, x, dy, nullptr);
     const int64_t one = begins_.empty() ? 1 : x.size(0);
     if (size_ > 0 && !p.view_samples(0, one)) {
@@ -39,6 +41,15 @@ class Samples {
   }
 
  private:
+  // A sample's view would reach into others, and past the last.
+  static void check_apart(const char* op, const Tensor& t) {
+    int64_t reach = t.numel() > 0 ? 1 : 0;
+    for (int64_t d = 1; d < t.dim() && reach > 0; ++d) reach += (t.size(d) - 1) * t.stride(d);
+    SYNCBN_CHECK(t.size(0) <= 1 || t.stride(0) >= reach, "syncbn::", op,
+                 ": expected samples that lie one after the other, got shape ", shape_text(t),
+                 " with ", t.stride(0), " numbers from one to the next, which is of ", reach);
+  }
+
   void check_lengths(const char* op, const Tensor& x, const Tensor& lengths) {
     SYNCBN_CHECK(torch_dtype(lengths) == aoti_torch_dtype_int64() && lengths.is_contiguous(),
                  "syncbn::", op, ": expected lengths as contiguous int64 numbers");
@@ -71,7 +82,7 @@ inline Tensor measure_samples(const Tensor& x, const OptionalTensor& lengths) {
   const ReproducibleLoops& loops = best_loopset().reproducible;
   Tensor result = empty_doubles(1 + 2 * accumulator_rows * channels);
   as_doubles(result)[0] = double(x.numel() / channels);
-  const Problem all = samples.problem(dtype, x, nullptr);
+  const Problem all = samples.problem("measure_samples", dtype, x, nullptr);
   accumulate_in_parts(parallel(), loops, samples.size(), x.numel(), 2, channels,
                       as_doubles(result) + 1, [&](int64_t begin, int64_t end, double* sums) {
     if (samples.single()) {
@@ -113,7 +124,7 @@ inline Tensor gradient_sums_samples(const Tensor& dy, const Tensor& x, const Ten
   const Samples samples("gradient_sums_samples", x, lengths);
   const ReproducibleLoops& loops = best_loopset().reproducible;
   Tensor result = empty_doubles(accumulator_rows, columns);
-  const Problem all = samples.problem(dtype, x, &dy);
+  const Problem all = samples.problem("gradient_sums_samples", dtype, x, &dy);
   accumulate_in_parts(parallel(), loops, samples.size(), x.numel(), 1, columns, as_doubles(result),
                       [&](int64_t begin, int64_t end, double* total) {
     Problem p = all;

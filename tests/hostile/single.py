@@ -16,6 +16,7 @@ import torch
 
 from hostile import judge
 from hostile.cases import draw, spoil
+from hostile.library import use_library
 
 SPOILED = 0.25  # of the cases have something wrong
 
@@ -40,6 +41,7 @@ def try_case(seed: int) -> str:
 
 def main(first: int, count: int, place: str) -> None:
     torch.set_num_threads(1)
+    use_library()
     warnings.simplefilter("ignore")
     counts: Counter[str] = Counter()
     Path(place).write_bytes(bytes(16))

@@ -137,6 +137,19 @@ def test_the_operators_for_ranks_are_the_steps():
 
 
 @needs_native
+def test_samples_that_reach_into_each_other_are_refused():
+    """By the operators, too: views of them would reach past the last one."""
+    x = torch.randn(8, 3, 2).permute(2, 0, 1)  # the two samples' values alternate
+    mean = torch.zeros(8, dtype=torch.float64)
+    for call in (
+        lambda: torch.ops.syncbn.measure_samples(x, None),
+        lambda: torch.ops.syncbn.gradient_sums_samples(x, x, mean, mean, None),
+    ):
+        with pytest.raises(RuntimeError, match="expected samples that lie one after the other"):
+            call()
+
+
+@needs_native
 def test_operators_have_no_derivatives_of_their_own():
     """torch's stand-in for one would cost time in every call, and warn in backward."""
     assert not torch.ops.syncbn.measure(torch.randn(4, 3, requires_grad=True)).requires_grad
