@@ -19,6 +19,7 @@ from .batches.uneven import until_all_done
 from .comm.frames import DesyncError
 from .comm.tracing import trace
 from .comm.waiting import timeout
+from .diagnose.check.run import check
 from .layers import lazy as _lazy
 from .layers import modules as _modules
 from .layers.functional import sync_batch_norm
@@ -49,6 +50,7 @@ __all__ = [
     "SyncBatchNorm2d",
     "SyncBatchNorm3d",
     "__version__",
+    "check",
     "comm",
     "convert",
     "kernels",

@@ -51,6 +51,17 @@ ROOMS = {
     ),
     "layers": ({"functional"}, {"modules"}, {"lazy"}),
     "diagnose": ({"traces"}, {"desync"}),
+    "diagnose/check": (
+        {"capture", "differences", "options", "progress", "run", "words"},
+        {"build", "observe"},
+        {"train"},
+        {"compare"},
+        {"judge"},
+        {"causes"},
+        {"report"},
+        {"page", "supervise"},
+        {"command"},
+    ),
     "batches": ({"nested"}, {"empty", "scatter", "transfer"}, {"uneven"}),
     "models": (
         {"graphs", "names", "quantisation", "registry", "replicate"},
