@@ -57,7 +57,7 @@ ROOMS = {
         {"train"},
         {"compare"},
         {"judge"},
-        {"causes"},
+        {"causes", "rows"},
         {"report"},
         {"page", "supervise"},
         {"command"},

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import random
 import time
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import syncbn
 
@@ -293,3 +295,85 @@ def averaged_over_ranks(output: Tensor, target: Tensor) -> Tensor:
 def pairwise(output: Tensor, target: Tensor) -> Tensor:
     """Compares samples with each other."""
     return (output[:, None] - output[None]).pow(2).mean()
+
+
+def weighed_itself(output: Tensor, target: Tensor) -> Tensor:
+    """Divides by the samples that a rank has on average."""
+    count = torch.tensor(float(len(output)))
+    dist.all_reduce(count)
+    return F.cross_entropy(output, target, reduction="sum") * dist.get_world_size() / count
+
+
+def no_number(output: Tensor, target: Tensor) -> Tensor:
+    return output
+
+
+class PythonNoise(nn.Module):
+    """Draws where torch does not see it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * (1 + random.random() * len(x))
+
+
+def drawing_with_python() -> nn.Module:
+    model = right()
+    model.between = PythonNoise()
+    return model
+
+
+class SkipsOnOne(Net):
+    """A branch that one rank takes."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv2(self.bn1(self.conv1(x)).relu())
+        if dist.get_rank() == 0:
+            x = self.bn2(x)
+        return self.head(x.mean((2, 3)))
+
+
+def skipping_on_one() -> nn.Module:
+    return syncbn.convert(SkipsOnOne())
+
+
+class WrongMomentum(syncbn.SyncBatchNorm2d):
+    """Moves its running statistics otherwise over ranks."""
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        self.momentum = 0.1 * dist.get_world_size()
+        return super().forward(x, mask)
+
+
+def wrong_momentum() -> nn.Module:
+    return syncbn.convert(Net(WrongMomentum))
+
+
+class TwoViews(Net):
+    """Puts two views of each sample into one batch, one after the other."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(torch.cat([x, x.flip(3)]))
+
+
+def two_views() -> nn.Module:
+    return syncbn.convert(TwoViews())
+
+
+class Checkpointed(Net):
+    """Runs a part of its forward again in backward."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return checkpoint(super().forward, x, use_reentrant=False)
+
+
+def checkpointed() -> nn.Module:
+    return syncbn.convert(Checkpointed())
+
+
+def unused() -> nn.Module:
+    model = right()
+    model.spare = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
+    return model
+
+
+def without_weights() -> nn.Module:
+    return nn.Sequential(syncbn.SyncBatchNorm2d(3, affine=False), nn.Flatten())

@@ -21,6 +21,7 @@ from ...batches.nested import indivisible, leaves, mapped, tensors
 from ...comm import LOCAL
 from ...layers.modules import SyncBatchNorm
 from ...models.convert import convert, revert
+from ...tensors.recomputation import recomputing
 from .options import DTYPES, Named, Task, Unusable, spoken
 
 Batch = tuple[Any, Any]  # what the model is called with, and what the loss is given besides
@@ -96,8 +97,9 @@ def set_modes(model: nn.Module, modes: dict[str, bool]) -> None:
 def localised(model: nn.Module) -> nn.Module:
     """The model as a training loop in one process has it, in place.
 
-    Its batch norms are torch's, normalise what they are given, and are in training mode, unless
-    the model's own train() keeps them in eval mode. All else is as the factory left it.
+    Its batch norms are torch's, normalise what they are given, move their running statistics once
+    also under checkpointing, and are in training mode, unless the model's own train() keeps them
+    in eval mode. All else is as the factory left it.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # layers that revert leaves alone are local below
@@ -108,9 +110,26 @@ def localised(model: nn.Module) -> nn.Module:
             layer.process_group = LOCAL
     modes = modes_of(model)
     model.train()
-    norms = {name for name, layer in model.named_modules() if isinstance(layer, _BatchNorm)}
-    set_modes(model, modes | {n: on for n, on in modes_of(model).items() if n in norms})
+    layers = {n: layer for n, layer in model.named_modules() if isinstance(layer, _BatchNorm)}
+    for layer in layers.values():
+        if not isinstance(layer, SyncBatchNorm):  # which does so by itself
+            _move_once(layer)
+    set_modes(model, modes | {n: on for n, on in modes_of(model).items() if n in layers})
     return model
+
+
+def _move_once(layer: _BatchNorm) -> None:
+    """A checkpoint's second forward must not move the running statistics again."""
+    tracks = layer.track_running_stats
+
+    def before(layer: nn.Module, _: Any) -> None:
+        layer.track_running_stats = tracks and not recomputing()
+
+    def after(layer: nn.Module, *_: Any) -> None:
+        layer.track_running_stats = tracks
+
+    layer.register_forward_pre_hook(before)
+    layer.register_forward_hook(after)
 
 
 def batch_of(task: Task, step: int) -> Batch:

@@ -124,7 +124,7 @@ def _operators(evidence: Evidence, found: Departure, name: str) -> Iterator[tupl
         yield "random", said("random", operator=seen["random"])
     elif finding and finding.random and finding.layer == name:
         yield "random", said("random", operator="another seed gives another output")
-    if "batch_norm" in seen:
+    if "batch_norm" in seen and not evidence.alone.get(name, {}).get("norm"):
         yield "function", said("function", operator=seen["batch_norm"])
 
 

@@ -21,9 +21,7 @@ def add_options(parser: argparse.ArgumentParser, number: Callable[[int], Any]) -
     parser.add_argument("--input", type=_shape, metavar="SIZES", help=what)
     what = "Instead of --input: module:function of the number of samples, gives the model's input."
     parser.add_argument("--data", metavar="NAME", help=what)
-    what = (
-        "module:function of output and target, a mean over samples; --data gives (input, target)."
-    )
+    what = "module:function of output and target, a mean; --data then gives (input, target)."
     parser.add_argument("--loss", metavar="NAME", help=what)
     for name, default, least, text in (
         ("--ranks", Task.ranks, 1, "Number of processes"),

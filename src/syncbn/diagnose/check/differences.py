@@ -33,7 +33,7 @@ def difference(wanted: Tensor, given: Tensor) -> float:
         wanted, given = torch.view_as_real(wanted), torch.view_as_real(given)
     a, b = wanted.double(), given.double()
     same = (a == b) | (a.isnan() & b.isnan())
-    apart = torch.where(same, 0.0, (a - b).abs()).nan_to_num(float("inf"))
+    apart = torch.where(same, 0.0, (a - b).abs()).nan_to_num(float("inf"), float("inf"))
     return float(apart.max()) if apart.numel() else 0.0
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from html import escape
 
-from .judge import Row
 from .report import HEADINGS, Report, cells
+from .rows import Row
 
 _STYLE = """
 :root { --good: #1a7f4b; --bad: #b3261e; --unsure: #8a6100; --line: #e2e5ea; --soft: #5b6472; }
@@ -20,9 +20,10 @@ p { margin: .3rem 0; }
 .tag { display: inline-block; border-radius: 1rem; padding: .1rem .7rem; margin-bottom: .7rem;
   font-size: .85rem; font-weight: 600; color: #fff; background: var(--bad); }
 .tag.equal { background: var(--good); } .tag.rounding { background: var(--unsure); }
-.card { background: #fff; border: 1px solid var(--line); border-radius: .6rem; padding: .9rem 1.1rem;
-  margin: .6rem 0; overflow-wrap: anywhere; }
-.cause { border-left: .3rem solid var(--bad); } .cause.rounding { border-left-color: var(--unsure); }
+.card { background: #fff; border: 1px solid var(--line); border-radius: .6rem;
+  padding: .9rem 1.1rem; margin: .6rem 0; overflow-wrap: anywhere; }
+.cause { border-left: .3rem solid var(--bad); }
+.cause.rounding { border-left-color: var(--unsure); }
 .name { font-family: ui-monospace, "SF Mono", Menlo, Consolas, "Liberation Mono", monospace; }
 .scroll { overflow-x: auto; background: #fff; border: 1px solid var(--line); border-radius: .6rem; }
 table { border-collapse: collapse; width: 100%; font-size: .9rem; white-space: nowrap; }
@@ -72,8 +73,8 @@ def page(report: Report) -> str:
 {body}</tbody>
 </table>
 </div>
-<p class="about">Numbers are the largest relative differences between the ranks and one process, over
-all steps, calls and ranks.</p>
+<p class="about">Numbers are the largest relative differences between the ranks and one process,
+over all steps, calls and ranks.</p>
 <footer><p>{escape(versions)}</p></footer>
 </main>
 </body>

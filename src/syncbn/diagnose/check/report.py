@@ -19,8 +19,8 @@ from .compare import (
     WEIGHT,
     WEIGHT_GRADIENT,
 )
-from .judge import Row
 from .options import Task, spoken
+from .rows import Row
 
 COLUMNS = {
     "output": (OUTPUT, LOSS),

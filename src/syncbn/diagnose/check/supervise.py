@@ -18,9 +18,10 @@ from ..._version import __version__
 from . import train
 from .causes import cause, notes
 from .compare import DIFFERENT, EQUAL, ROUNDING
-from .judge import departure, gathered, rows
+from .judge import departure, gathered
 from .options import Task, Unusable, spoken
 from .report import Report
+from .rows import rows
 from .train import ALONE, RANKS, Progress, Raised
 
 OnProgress = Callable[[str, int, int], None]

@@ -103,7 +103,7 @@ def _run(
     # Factories may make groups of ranks, and their models call collectives of their own: the first
     # want all ranks, in a process that trains by itself the second want none.
     send(Progress(place.phase, 0))
-    with joined(rank, task.ranks, folder / "meeting-factory", timeout=task.timeout):
+    with joined(rank, task.ranks, folder / "rendezvous", timeout=task.timeout):
         model = _built(task)
         if rank == 0:
             build.localised(model)
@@ -111,7 +111,7 @@ def _run(
         _train_alone(model, task, folder, send, place)
     del model
     place.phase, place.step, place.capture = "factory", 0, None
-    with joined(rank, task.ranks, folder / "meeting-ranks", timeout=task.timeout):
+    with joined(rank, task.ranks, folder / "rendezvous-ranks", timeout=task.timeout):
         model = _built(task)
         _load(model, torch.load(folder / "initial.pt", weights_only=True), task)
         if rank == 0:
