@@ -91,10 +91,7 @@ def launch(
 
 @contextmanager
 def joined(rank: int, ranks: int, meeting: Path, *, timeout: float) -> Iterator[None]:
-    """In a rank: a gloo group, the default one, of all ranks, which meet at the file ``meeting``.
-
-    timeout: seconds, for a rank that neither answers nor dies.
-    """
+    """In a rank: a gloo group, the default one, of all, who meet at a file. timeout: seconds."""
     if sys.platform == "linux":
         # One machine only: nothing needs to be open to the network, or to resolve a host name.
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
@@ -106,7 +103,9 @@ def joined(rank: int, ranks: int, meeting: Path, *, timeout: float) -> Iterator[
         timeout=timedelta(seconds=timeout),
     )
     yield
-    dist.destroy_process_group()  # not after a failure, when it might wait for ever
+    # Not after a failure, when they might wait for ever. Who leaves before all have met ends them.
+    dist.barrier()
+    dist.destroy_process_group()
 
 
 @contextmanager

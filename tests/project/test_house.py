@@ -52,7 +52,7 @@ ROOMS = {
     "layers": ({"functional"}, {"modules"}, {"lazy"}),
     "diagnose": ({"traces"}, {"desync"}),
     "diagnose/check": (
-        {"capture", "differences", "options", "progress", "run", "words"},
+        {"capture", "differences", "options", "progress", "words"},
         {"build", "observe"},
         {"train"},
         {"compare"},
@@ -60,7 +60,7 @@ ROOMS = {
         {"causes", "rows"},
         {"report"},
         {"page", "supervise"},
-        {"command"},
+        {"command", "run"},
     ),
     "batches": ({"nested"}, {"empty", "scatter", "transfer"}, {"uneven"}),
     "models": (

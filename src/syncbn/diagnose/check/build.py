@@ -120,13 +120,16 @@ def localised(model: nn.Module) -> nn.Module:
 
 def _move_once(layer: _BatchNorm) -> None:
     """A checkpoint's second forward must not move the running statistics again."""
-    tracks = layer.track_running_stats
+    kept: dict[str, Tensor] = {}
 
     def before(layer: nn.Module, _: Any) -> None:
-        layer.track_running_stats = tracks and not recomputing()
+        if recomputing():
+            kept.update((name, buffer.clone()) for name, buffer in layer.named_buffers())
 
     def after(layer: nn.Module, *_: Any) -> None:
-        layer.track_running_stats = tracks
+        for name, buffer in layer.named_buffers():
+            if name in kept:
+                buffer.data.copy_(kept.pop(name))  # not seen by autograd, which has saved it
 
     layer.register_forward_pre_hook(before)
     layer.register_forward_hook(after)
