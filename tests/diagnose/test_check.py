@@ -50,6 +50,7 @@ def checked(factory: str, **options: Any) -> Any:
         ("frozen", {}),
         ("lazy", {}),
         ("two_views", {"batch": 5}),
+        ("with_positions", {"batch": 5}),
         ("checkpointed", {}),
         ("unused", {}),
         ("without_weights", {}),

@@ -358,6 +358,23 @@ def two_views() -> nn.Module:
     return syncbn.convert(TwoViews())
 
 
+class Positions(nn.Module):
+    """Something that all samples share, whose gradient is theirs together."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(6, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.layer(torch.linspace(-1, 1, 6))[:, None, None]
+
+
+def with_positions() -> nn.Module:
+    model = right()
+    model.between = Positions()
+    return model
+
+
 class Checkpointed(Net):
     """Runs a part of its forward again in backward."""
 

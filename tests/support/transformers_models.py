@@ -155,7 +155,7 @@ class Repeated(nn.Module):
         x = self.layer(x)
         for _ in range(len(x)):
             x = self.act(x)
-        return x
+        return x.clone()  # what follows may work in place, which tanh's backward does not bear
 
 
 def factory(name: str, fault: str | None = None) -> Callable[[], nn.Module]:

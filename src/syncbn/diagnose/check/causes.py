@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from .compare import CALLS, EQUAL, LOSS, OUTPUT, ROUNDING, Finding
@@ -111,9 +111,13 @@ def _others(evidence: Evidence, name: str) -> str:
     ]
     if not alike:
         return ""
-    more = len(alike) - _NAMED
-    rest = f" and {more} more" if more > 0 else ""
-    return f" (and so {'does' if len(alike) == 1 else 'do'} {', '.join(alike[:_NAMED])}{rest})"
+    return f" (and so {'does' if len(alike) == 1 else 'do'} {_listed(alike)})"
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = len(names) - _NAMED
+    listed = ", ".join(name or THE_MODEL for name in names[:_NAMED])
+    return f"{listed} and {more} more" if more > 0 else listed
 
 
 def _operators(evidence: Evidence, found: Departure, name: str) -> Iterator[tuple[str, str]]:
@@ -181,7 +185,7 @@ def notes(evidence: Evidence, found: Departure | None) -> list[str]:
     norms = [name for name, each in evidence.alone.items() if each.get("norm") or "group" in each]
     frozen = [name for name in norms if not evidence.alone[name]["training"]]
     if frozen:
-        sentences.append(f"In eval mode everywhere, normalising no batch: {', '.join(frozen)}.")
+        sentences.append(f"In eval mode everywhere, normalising no batch: {_listed(frozen)}.")
     if not norms:
         sentences.append("The model has no batch norm.")
     if len(set(task.shares)) > 1:
@@ -192,9 +196,8 @@ def notes(evidence: Evidence, found: Departure | None) -> list[str]:
         )
     random = [name for name, each in evidence.seen.items() if "random" in each]
     if random and (found is None or found.layer not in random):
-        names = ", ".join(name or THE_MODEL for name in random)
-        sentences.append(f"Random numbers are drawn in: {names}.")
+        sentences.append(f"Random numbers are drawn in: {_listed(random)}.")
     silent = [name for name in evidence.layers if not evidence.counts[0][name]]
     if silent and evidence.order:
-        sentences.append(f"Never called: {', '.join(silent)}.")
+        sentences.append(f"Never called: {_listed(silent)}.")
     return sentences

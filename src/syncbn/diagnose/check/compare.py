@@ -144,7 +144,7 @@ class Step:
             given = [each / scale for each in given if each is not None]
             if wanted is None or len(given) < len(parts):
                 continue
-            apart = joined_difference(wanted, given, self.task.batch)
+            apart = joined_difference(wanted, given, self.task.batch, gradients=what == "gradients")
             moves = noise(wanted, moved, what, place)
             if apart is None:
                 continue

@@ -37,16 +37,20 @@ def difference(wanted: Tensor, given: Tensor) -> float:
     return float(apart.max()) if apart.numel() else 0.0
 
 
-def joined_difference(wanted: Tensor, parts: Sequence[Tensor], samples: int) -> float | None:
+def joined_difference(
+    wanted: Tensor, parts: Sequence[Tensor], samples: int, *, gradients: bool = False
+) -> float | None:
     """How far the ranks' tensors, put together, are from one process's; None: they don't fit.
 
     Together along the one dimension in which they differ; the rows of a sample, where it has
-    several, may be neighbours or lie in blocks (two views, one after the other). Or each is what
-    one process has.
+    several, may be neighbours or lie in blocks (two views, one after the other). What has no
+    samples (an embedding of positions) each rank has as one process does; gradients of it add up.
     """
     if any(part.dim() != wanted.dim() for part in parts):
         return None
     if all(part.shape == wanted.shape for part in parts):
+        if gradients:
+            return difference(wanted, torch.stack(list(parts)).sum(0))
         return max(difference(wanted, part) for part in parts)
     for dim in range(wanted.dim()):
         rest = [[*part.shape[:dim], *part.shape[dim + 1 :]] for part in (wanted, *parts)]

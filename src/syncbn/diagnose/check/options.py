@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import pickle
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -95,6 +96,7 @@ def spoken(named: Named | None) -> str:
     """What was named, in words."""
     if named is None or isinstance(named, str):
         return str(named)
+    named = named.func if isinstance(named, functools.partial) else named
     return f"{named.__module__}:{getattr(named, '__qualname__', type(named).__name__)}"
 
 

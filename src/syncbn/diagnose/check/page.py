@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from html import escape
 
+from .compare import DIFFERENT
 from .report import HEADINGS, Report, cells
 from .rows import Row
 
@@ -12,7 +13,7 @@ _STYLE = """
 * { box-sizing: border-box; }
 body { margin: 0; background: #f6f7f9; color: #1c2129;
   font: 16px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "Liberation Sans", sans-serif; }
-main { max-width: 72rem; margin: 0 auto; padding: 1.5rem 1rem 3rem; }
+main { max-width: 80rem; margin: 0 auto; padding: 1.5rem 1rem 3rem; }
 h1 { font-size: 1.5rem; line-height: 1.25; margin: 0 0 .4rem; overflow-wrap: anywhere; }
 h2 { font-size: 1.05rem; margin: 2rem 0 .6rem; }
 p { margin: .3rem 0; }
@@ -27,6 +28,7 @@ p { margin: .3rem 0; }
 .name { font-family: ui-monospace, "SF Mono", Menlo, Consolas, "Liberation Mono", monospace; }
 .scroll { overflow-x: auto; background: #fff; border: 1px solid var(--line); border-radius: .6rem; }
 table { border-collapse: collapse; width: 100%; font-size: .9rem; white-space: nowrap; }
+td.name { white-space: normal; overflow-wrap: anywhere; min-width: 10rem; }
 th, td { padding: .4rem .8rem; border-bottom: 1px solid var(--line); text-align: left; }
 tr:last-child td { border-bottom: 0; }
 th { color: var(--soft); font-weight: 600; }
@@ -35,6 +37,7 @@ tr.first td { background: #fdecea; font-weight: 600; } tr.first.rounding td { ba
 td.equal { color: var(--good); } td.different, td.calls, td.raises { color: var(--bad); }
 td.rounding { color: var(--unsure); } td.not { color: var(--soft); }
 """
+_PLACES = (0, len(HEADINGS) - 1, *range(1, len(HEADINGS) - 1))  # the verdict beside the layer
 _NUMBERS = range(3, len(HEADINGS) - 1)  # columns that are aligned to the right
 
 
@@ -47,7 +50,11 @@ def page(report: Report) -> str:
         for each in report.causes
     )
     notes = "".join(f"<p>{escape(note)}</p>" for note in report.notes)
-    heads = "".join(_cell("th", place, text) for place, text in enumerate(HEADINGS))
+    heads = "".join(_cell("th", place, HEADINGS[place]) for place in _PLACES)
+    title = report.headline.partition(": ")[2]
+    title = (
+        title if report.verdict == DIFFERENT else title[0].upper() + title[1:]
+    )  # else it begins with a name
     body = "".join(_row(report, row) for row in report.rows)
     versions = ", ".join(f"{name} {version}" for name, version in report.versions.items())
     return f"""<!doctype html>
@@ -61,7 +68,7 @@ def page(report: Report) -> str:
 <body>
 <main>
 <span class="tag {state}">{state}</span>
-<h1>{escape(report.headline.partition(": ")[2])}</h1>
+<h1>{escape(title)}</h1>
 <p class="about">{escape(report.configuration)}</p>
 {f"<h2>Why</h2>{causes}" if causes else ""}
 {f'<h2>Notes</h2><div class="card">{notes}</div>' if notes else ""}
@@ -85,12 +92,17 @@ over all steps, calls and ranks.</p>
 def _row(report: Report, row: Row) -> str:
     first = f' class="first {escape(report.verdict)}"' if row.first else ""
     texts = cells(row)
-    inner = "".join(_cell("td", place, text) for place, text in enumerate(texts[:-1]))
-    verdict = texts[-1]
-    state = verdict.partition(" ")[0]
-    return f'<tr{first}>{inner}<td class="{state}">{escape(verdict)}</td></tr>\n'
+    inner = "".join(_cell("td", place, texts[place]) for place in _PLACES)
+    return f"<tr{first}>{inner}</tr>\n"
 
 
 def _cell(tag: str, place: int, text: str) -> str:
-    kind = ' class="number"' if place in _NUMBERS else ' class="name"' if place == 0 else ""
-    return f"<{tag}{kind if tag == 'td' or place in _NUMBERS else ''}>{escape(text)}</{tag}>"
+    kind = ""
+    if place in _NUMBERS:
+        kind = "number"
+    elif tag == "td" and place == 0:
+        kind = "name"
+    elif tag == "td" and place == len(HEADINGS) - 1:
+        kind = text.partition(" ")[0]  # "calls differ" is calls
+    about = f' class="{kind}"' if kind else ""
+    return f"<{tag}{about}>{escape(text)}</{tag}>"
