@@ -17,6 +17,7 @@ import torch
 import syncbn
 from support.mpijob import missing
 from support.paths import ROOT
+from support.processes import forked_launches
 from support.scripts import execute, run_script
 from syncbn.diagnose.check.command import add_options
 
@@ -136,7 +137,8 @@ MODULES = [
 @pytest.mark.parametrize("name", MODULES)
 def test_docstring_examples(name):
     globs = {"torch": torch, "syncbn": syncbn}
-    result = doctest.testmod(importlib.import_module(name), extraglobs=globs)
+    with forked_launches():
+        result = doctest.testmod(importlib.import_module(name), extraglobs=globs)
     assert result.failed == 0
 
 

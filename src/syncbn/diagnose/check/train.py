@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import time
 import traceback
+import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
@@ -78,7 +79,9 @@ def run_rank(rank: int, task: Task, folder: Path, send: Callable[[Progress], Non
         _run(rank, task, folder, send, place)
     except Exception as error:
         raised = _raised(rank, place, error)
-        (folder / f"raised-{rank}.json").write_text(json.dumps(asdict(raised)), encoding="utf-8")
+        partial = folder / f"raised-{rank}.part"
+        partial.write_text(json.dumps(asdict(raised)), encoding="utf-8")
+        partial.rename(partial.with_suffix(".json"))  # whole, or not there: it may be ended here
         raise
 
 
@@ -169,6 +172,8 @@ def _train_ranks(
     trained = any(weight.requires_grad for weight in model.parameters())
     (folder / f"facts-{rank}.json").write_text(json.dumps(facts_of(model)))
     place.phase = RANKS
+    # Which weights are left unused is the model's business: it is no fault, nor is their presence.
+    warnings.filterwarnings("ignore", message="find_unused_parameters")
     wrapped = DistributedDataParallel(model, find_unused_parameters=True) if trained else model
     done = task.steps * len(ALONE)
     _train(wrapped, model, task, task.share(rank), folder, f"{RANKS}-{rank}", place, send, done)
