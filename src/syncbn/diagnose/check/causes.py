@@ -192,7 +192,7 @@ def notes(evidence: Evidence, found: Departure | None) -> list[str]:
         sentences.append(
             f"{task.batch} samples on {task.ranks} ranks are "
             f"{' + '.join(map(str, task.shares))}: the check weighed each rank's loss by its "
-            "samples, n·ranks/batch. A training loop that does not departs from one process."
+            "samples, n·ranks/batch. A training loop that does not do so departs from one process."
         )
     random = [name for name, each in evidence.seen.items() if "random" in each]
     if random and (found is None or found.layer not in random):

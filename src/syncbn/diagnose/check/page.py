@@ -28,7 +28,7 @@ p { margin: .3rem 0; }
 .name { font-family: ui-monospace, "SF Mono", Menlo, Consolas, "Liberation Mono", monospace; }
 .scroll { overflow-x: auto; background: #fff; border: 1px solid var(--line); border-radius: .6rem; }
 table { border-collapse: collapse; width: 100%; font-size: .9rem; white-space: nowrap; }
-td.name { white-space: normal; overflow-wrap: anywhere; min-width: 10rem; }
+td.name { white-space: normal; overflow-wrap: anywhere; min-width: 13rem; }
 th, td { padding: .4rem .8rem; border-bottom: 1px solid var(--line); text-align: left; }
 tr:last-child td { border-bottom: 0; }
 th { color: var(--soft); font-weight: 600; }
