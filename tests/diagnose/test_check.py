@@ -13,6 +13,7 @@ import torch
 import syncbn
 from support import planted
 from support.processes import forked_launches
+from syncbn.diagnose.check.capture import thinned
 from syncbn.diagnose.check.differences import difference, joined_difference
 from syncbn.diagnose.check.options import Task
 
@@ -31,7 +32,7 @@ def checked(factory: str, **options: Any) -> Any:
         if name in options:
             options[name] = f"support.planted:{options[name]}"
     if "data" not in options:
-        options["input"] = (3, 8, 8)
+        options.setdefault("input", (3, 8, 8))
     return syncbn.check(f"support.planted:{factory}", **{"steps": 2} | options)
 
 
@@ -122,6 +123,19 @@ def test_the_report_says_what_was_done_and_what_is_no_fault():
     assert [row.synchronised for row in report.rows[:3]] == [None, True, None]
     assert {row.calls for row in report.rows[:-1]} == {2}
     assert any("5 samples on 2 ranks are 3 + 2" in note for note in report.notes)
+
+
+def test_large_outputs_are_compared_in_part_and_without_a_note():
+    report = checked("right", input=(3, 48, 48), batch=2, steps=1)
+    assert report.ok
+    assert report.notes == ()
+    x = torch.randn(4, 6, 46, 46)
+    part = thinned(x)
+    assert part.shape == (4, 6, 8, 8)
+    assert torch.equal(part[2:], thinned(x[2:]))
+    sequence = torch.randn(50, 4, 3000)  # (length, samples, features)
+    assert thinned(sequence).shape == (50, 4, 64)
+    assert torch.equal(thinned(sequence)[:, 2:], thinned(sequence[:, 2:]))
 
 
 def test_a_function_is_a_factory():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 
 import pytest
@@ -11,7 +12,15 @@ from support.processes import forked_launches
 
 pytest.importorskip("transformers", reason="needs the extra [models]")
 
-from support.transformers_models import BUILD, FAULTS, INPUT, expected, factory
+from support.transformers_models import (
+    BUILD,
+    FAULTS,
+    INPUT,
+    expected,
+    factory,
+    labelled,
+    uneven_loss,
+)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -41,3 +50,11 @@ def test_a_planted_fault_is_named(name, fault):
     report = syncbn.check(factory(name, fault), input=INPUT[name], batch=5, steps=1)
     assert report.first == expected(name, fault), str(report)
     assert report.causes[0].kind == fault, str(report)
+
+
+@pytest.mark.parametrize("name", slow_but_for("", [(name,) for name in BUILD]))
+def test_a_loss_that_is_averaged_over_uneven_ranks_is_named(name):
+    data = functools.partial(labelled, INPUT[name])
+    report = syncbn.check(factory(name), data=data, loss=uneven_loss, batch=5, steps=1)
+    assert report.first == "(loss)", str(report)
+    assert "averaged over uneven ranks (3 + 2 samples)" in report.causes[0].text

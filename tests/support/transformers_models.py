@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 import transformers
 from torch import Tensor, nn
@@ -166,3 +167,16 @@ def expected(name: str, fault: str) -> str:
     """The layer that a check should name."""
     where = target(BUILD[name]())
     return f"{where}.act" if fault == "calls" else where
+
+
+def labelled(shape: tuple[int, ...], samples: int) -> tuple[Tensor, Tensor]:
+    """A batch and a target for each sample."""
+    return torch.randn(samples, *shape), torch.randn(samples)
+
+
+def uneven_loss(output: Any, target: Tensor) -> Tensor:
+    """Averaged over ranks as if each had equally many samples."""
+    loss = (output[0].flatten(1).mean(1) - target).square().mean()
+    mean = loss.detach().clone()
+    dist.all_reduce(mean)
+    return loss + (mean / dist.get_world_size() - loss.detach())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import random
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,38 +17,38 @@ from torch import Tensor
 from ...batches.nested import leaves
 from ...tensors.recomputation import recomputing
 
-_KEPT = (
-    4096  # values of a sample, or of a parameter, that are compared: a network's all fill memory
-)
+# What is compared of large tensors, lest those of all layers fill memory: places of each channel of
+# a sample, and values of a parameter.
+_PLACES, _VALUES = 64, 16_384
 _HALF = (torch.float16, torch.bfloat16)
 
 
 def thinned(tensor: Tensor) -> Tensor:
-    """A copy: where a sample has many values, evenly spread ones of them.
+    """A copy: where a channel has many places, evenly spread ones of them.
 
-    They are chosen in dimensions from the third on, by the sizes alone, so that every rank and one
-    process choose the same, whichever of the first two dimensions is that of samples.
+    They are chosen in dimensions from the third on, by the sizes of those alone, so that every rank
+    and one process choose the same, whichever of the first two dimensions is that of samples.
     """
     tensor = tensor.detach()
     kept = tensor
-    for dim in range(2, tensor.dim()):
-        others = kept[0].numel() // max(1, kept.shape[dim])
-        most = max(1, _KEPT // max(1, others))
-        if kept.shape[dim] > most:
-            kept = kept.index_select(dim, _places(kept.shape[dim], most))
+    most = round(_PLACES ** (1 / max(1, tensor.dim() - 2)))
+    if tensor.shape[2:].numel() > _PLACES:
+        for dim in range(2, tensor.dim()):
+            if tensor.shape[dim] > most:
+                kept = kept.index_select(dim, _places(tensor.shape[dim], most))
     return kept.clone() if kept is tensor else kept
 
 
 def thinned_parameter(tensor: Tensor) -> Tensor:
     """The same for what every rank has whole."""
     flat = tensor.detach().flatten()
-    many = len(flat) > 4 * _KEPT
-    return flat[_places(len(flat), 4 * _KEPT)] if many else flat.clone()
+    return flat[_places(len(flat), _VALUES)] if len(flat) > _VALUES else flat.clone()
 
 
+@functools.cache
 def _places(size: int, count: int) -> Tensor:
-    generator = torch.Generator().manual_seed(size)
-    return torch.randperm(size, generator=generator)[:count].sort().values
+    # Not by torch's numbers, of whose use a model is asked while this runs.
+    return torch.tensor(sorted(random.Random(size).sample(range(size), count)))
 
 
 def _numbers(obj: Any) -> list[Tensor]:
@@ -135,7 +137,9 @@ class Capture:
         return leave
 
     def _gradient_hook(self, event: dict[str, Any], place: int) -> Any:
-        def keep(gradient: Tensor) -> None:
+        def keep(gradient: Tensor | None) -> None:
+            if gradient is None:  # of an output that DistributedDataParallel hands on, unused
+                return
             event["gradients"][place] = thinned(gradient)
             self._gradients += 1
             event["gradient_order"] = self._gradients
