@@ -22,6 +22,7 @@ from .comm.frames import DesyncError
 from .comm.tracing import trace
 from .comm.waiting import timeout
 from .diagnose.buffers import sync_buffers
+from .diagnose.check.run import check
 from .diagnose.monitor import observing as _observing
 from .diagnose.monitor.monitor import Monitor
 from .diagnose.recalibrate import recalibrate
@@ -61,6 +62,7 @@ __all__ = [
     "SyncBatchNorm3d",
     "__version__",
     "accumulating",
+    "check",
     "comm",
     "convert",
     "freeze",

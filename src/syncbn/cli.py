@@ -1,8 +1,8 @@
-"""The command ``syncbn``, and ``python -m syncbn``: demo, info and trace.
+"""The command ``syncbn``, and ``python -m syncbn``: demo, check, info and trace.
 
 Only what the shell needs is here; what the commands do is in syncbn.demo, syncbn.info and
-syncbn.diagnose. info and trace take torch alone; rich, scikit-learn and matplotlib, which demo
-needs, come with the extra ``[cli]`` and are imported when it runs.
+syncbn.diagnose. info and trace take torch alone; rich, which check and demo need, scikit-learn and
+matplotlib, which demo needs, come with the extra ``[cli]`` and are imported when they run.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from typing import Any, NoReturn
 
 from ._version import __version__
 
-_COMMANDS = ("demo", "info", "trace")
+_COMMANDS = ("demo", "check", "info", "trace")
 _EXTRA = {"rich", "sklearn", "matplotlib"}
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line ``arguments`` (None: the process's own) and return its exit status.
 
-    0: done. 1: a rank failed, the extra is missing, a file could not be written, or the ranks in
-    a trace differ. 2: wrong usage, in one line. 130: interrupted.
+    0: done. 1: a rank failed, the extra is missing, a file could not be written, the ranks in a
+    trace differ, or a checked model's do. 2: wrong usage, in one line. 130: interrupted.
     """
     given = sys.argv[1:] if arguments is None else arguments
     command = " ".join(["syncbn", *(name for name in given[:1] if name in _COMMANDS)])
@@ -74,13 +74,17 @@ def _run(arguments: list[str]) -> int:
     demo = "Train a small network on handwritten digits in three ways and compare them."
     info = "Show versions, devices, engines of communication and kernels."
     trace = "Show what ranks called, from the traces that they left, and where they first differ."
-    for name, run, text in (("demo", _demo, demo), ("info", _info, info), ("trace", _trace, trace)):
+    check = "Train a model over ranks and in one process, and say which layer first departs."
+    for name, run, text, add_options in (
+        ("demo", _demo, demo, _add_demo_options),
+        ("check", _check, check, _add_check_options),
+        ("info", _info, info, None),
+        ("trace", _trace, trace, _add_trace_options),
+    ):
         command = commands.add_parser(name, help=text, description=text)
         command.set_defaults(run=run)
-        if run is _demo:
-            _add_demo_options(command)
-        if run is _trace:
-            _add_trace_options(command)
+        if add_options is not None:
+            add_options(command)
         command.add_argument(
             "--json", action="store_true", dest="as_json", help="Print one JSON object."
         )
@@ -209,3 +213,20 @@ def _trace(*, folder: Path, last: int, as_json: bool) -> int:
         return desync.show(folder, last=last, as_json=as_json)
     except desync.NoTraces as error:
         raise _Failure(str(error)) from None
+
+
+def _add_check_options(parser: argparse.ArgumentParser) -> None:
+    from .diagnose.check.command import add_options
+
+    add_options(parser, _number)
+
+
+def _check(**options: Any) -> int:
+    from .diagnose.check.command import run
+    from .diagnose.check.options import Unusable
+
+    try:
+        return run(**options)
+    except Unusable as error:
+        trace = f"{error.trace.rstrip()}\n" if options["traceback"] and error.trace else ""
+        raise _Failure(f"{trace}{error}".removeprefix("check: ")) from None

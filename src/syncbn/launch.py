@@ -6,22 +6,27 @@ one that merely lost its peer), and leaves traceback files in the temporary dire
 
 from __future__ import annotations
 
+import math
 import multiprocessing
 import os
 import pickle
 import shutil
 import signal
+import sys
 import tempfile
 import threading
+import time
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
+from datetime import timedelta
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
+import torch.distributed as dist
 
 Worker = Callable[[int, Any, Path, Callable[[Any], None]], Any]
 _SECONDS_BETWEEN_LOOKS = 0.1
@@ -32,18 +37,34 @@ class RankFailed(Exception):
     """A rank raised, was killed or left early. The text says which and how, with its traceback."""
 
 
-def launch(worker: Worker, task: Any, *, ranks: int, on_message: Callable[[Any], None]) -> Any:
+class RanksTimedOut(RankFailed):
+    """The ranks had not ended in time, and have been ended."""
+
+
+def launch(
+    worker: Worker,
+    task: Any,
+    *,
+    ranks: int,
+    on_message: Callable[[Any], None],
+    folder: Path | None = None,
+    timeout: float | None = None,
+) -> Any:
     """Run ``worker(rank, task, folder, send)`` in ``ranks`` processes; rank 0's result.
 
-    Every process has one thread of torch's and the same temporary ``folder``. What rank 0 gives to
+    Every process has one thread of torch's and the same ``folder``: a temporary one, or one that
+    the caller reads and removes (which ranks do where the caller is killed). What rank 0 gives to
     ``send`` (a few hundred bytes) reaches ``on_message`` here. Call it from the main thread.
 
     Raises:
         RankFailed: a rank did not end well; all others have been ended.
+        RanksTimedOut: some rank had not ended after ``timeout`` seconds; all have been ended.
         KeyboardInterrupt, SystemExit: SIGINT, SIGTERM to this process; all ranks have been ended.
     """
     spawn = multiprocessing.get_context("spawn")
-    with _noted_signals() as noted, tempfile.TemporaryDirectory(prefix="syncbn-") as name:
+    deadline = math.inf if timeout is None else time.monotonic() + timeout
+    used = nullcontext(folder) if folder else tempfile.TemporaryDirectory(prefix="syncbn-")
+    with _noted_signals() as noted, used as name:
         folder = Path(name)
         # By a file: a large argument would make each start wait for the previous rank's imports.
         _write(folder / "task", (worker, task))
@@ -57,11 +78,34 @@ def launch(worker: Worker, task: Any, *, ranks: int, on_message: Callable[[Any],
         try:
             _start(processes)
             sender.close()  # rank 0's copy is the last: its end shows as the end of the pipe
-            _watch(processes, receiver, on_message, noted, folder)
+            for looked in _watch(processes, receiver, on_message, folder):
+                if noted:
+                    _raise_for(noted[0])
+                if looked > deadline:
+                    raise RanksTimedOut(f"no result after {timeout:g} s")
             return pickle.loads((folder / "result").read_bytes())
         finally:
             _end(processes)
             receiver.close()
+
+
+@contextmanager
+def joined(rank: int, ranks: int, meeting: Path, *, timeout: float) -> Iterator[None]:
+    """In a rank: a gloo group, the default one, of all, who meet at a file. timeout: seconds."""
+    if sys.platform == "linux":
+        # One machine only: nothing needs to be open to the network, or to resolve a host name.
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    dist.init_process_group(
+        "gloo",
+        init_method=meeting.as_uri(),
+        rank=rank,
+        world_size=ranks,
+        timeout=timedelta(seconds=timeout),
+    )
+    yield
+    # Not after a failure, when they might wait for ever. Who leaves before all have met ends them.
+    dist.barrier()
+    dist.destroy_process_group()
 
 
 @contextmanager
@@ -104,10 +148,12 @@ def _watch(
     processes: list[Any],
     receiver: Connection,
     on_message: Callable[[Any], None],
-    noted: list[int],
     folder: Path,
-) -> None:
-    """Returns when every rank has ended well and every message has been handed on."""
+) -> Iterator[float]:
+    """Ends when every rank has ended well and every message has been handed on.
+
+    Yields the time of each look at them.
+    """
     running = {process.sentinel: process for process in processes}
     listening: list[Connection] = [receiver]
     while running or listening:
@@ -120,8 +166,7 @@ def _watch(
             else:
                 assert isinstance(ready, int)
                 running.pop(ready).join()
-        if noted:
-            _raise_for(noted[0])
+        yield time.monotonic()
         if any(process.exitcode not in (None, 0) for process in processes):
             raise RankFailed(_cause([process.exitcode for process in processes], folder))
 

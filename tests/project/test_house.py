@@ -66,6 +66,17 @@ ROOMS = {
         {"tables"},
         {"monitor"},
     ),
+    "diagnose/check": (
+        {"capture", "differences", "options", "progress", "words"},
+        {"build", "observe"},
+        {"train"},
+        {"compare"},
+        {"judge"},
+        {"causes", "rows"},
+        {"report"},
+        {"page", "supervise"},
+        {"command", "run"},
+    ),
     "batches": ({"nested"}, {"empty", "scatter", "transfer"}, {"uneven"}),
     "models": (
         {"graphs", "names", "quantisation", "registry", "replicate"},

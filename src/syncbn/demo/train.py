@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import math
-import os
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import timedelta
 from itertools import islice
 from pathlib import Path
 
@@ -19,13 +16,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from ..launch import joined
 from ..models.convert import convert
 from .data import Digits, batches
 from .network import network
 from .options import Arm, DemoOptions
 
 LEARNING_RATE = 0.15  # for four images per step, falling linearly to nothing
-_PATIENCE = timedelta(seconds=120)  # for a rank that neither answers nor dies
+_PATIENCE = 120.0  # seconds, for a rank that neither answers nor dies
 _SECONDS_BETWEEN_MESSAGES = 0.1
 
 
@@ -83,18 +81,8 @@ def run_rank(rank: int, task: Task, folder: Path, send: Callable[[Progress], Non
     """Run ``task`` as one rank of it. ``folder`` is shared by the ranks; only rank 0 sends."""
     if task.arm.one_process:
         return _run(rank, task, send)
-    if sys.platform == "linux":
-        # One machine only: nothing needs to be open to the network, or to resolve a host name.
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    dist.init_process_group(
-        "gloo",
-        init_method=(folder / "rendezvous").as_uri(),
-        rank=rank,
-        world_size=task.ranks,
-        timeout=_PATIENCE,
-    )
-    outcome = _run(rank, task, send)
-    dist.destroy_process_group()
+    with joined(rank, task.ranks, folder / "rendezvous", timeout=_PATIENCE):
+        outcome = _run(rank, task, send)
     return outcome
 
 

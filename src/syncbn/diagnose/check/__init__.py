@@ -1,0 +1,1 @@
+"""`syncbn check`: one process with the whole batch, and ranks with their shares of it, compared."""
