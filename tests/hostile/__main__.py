@@ -3,9 +3,9 @@
 python -m hostile [--seed N] [--single N] [--ranked N] [--operators N] [--no-faults]   (in tests/)
 
 Everything that can be fed to a layer, with the float64 judge where it runs; where it raises,
-nothing may crash, hang, move or stay. Each part runs in processes of its own, so that a crash is a finding:
-the seed that it died of is printed. Seeds count up from --seed: a case is drawn again by its seed
-alone (``python -m hostile.single SEED 1 FILE``).
+nothing may crash, hang, move or stay. Each part runs in processes of its own, so that a crash is a
+finding: the seed that it died of is printed. Seeds count up from --seed: a case is drawn again by
+its seed alone (``python -m hostile.single SEED 1 FILE``).
 """
 
 from __future__ import annotations
