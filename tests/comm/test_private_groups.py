@@ -386,6 +386,17 @@ def test_what_was_never_sent_is_nobody_elses_fault(ranks):
         assert texts == [said] * 2
 
 
+def test_a_rank_may_begin_in_a_compiled_graph(ranks):
+    """The clone is made while it compiles, and by the other in its first call."""
+
+    def step(rank):
+        layer = syncbn.SyncBatchNorm1d(3, process_group=dist.new_group([0, 1]))
+        call = layer if rank else torch.compile(layer, backend="eager", fullgraph=True)
+        return call(torch.full((2, 3), float(rank))).mean().item()
+
+    assert ranks(2, step) == pytest.approx([-1, 1], abs=1e-4)
+
+
 def test_threads_may_begin_with_other_groups_on_each_rank(ranks):
     """Each group is cloned by itself: one that waits for its ranks keeps no other waiting."""
 
@@ -398,14 +409,14 @@ def test_threads_may_begin_with_other_groups_on_each_rank(ranks):
             layer(torch.full((1, 2), float(rank)))
             means[number] = layer.running_mean.tolist()
 
-        waiting, meet = threading.Event(), ProcessGroup._meet
+        waiting, meet = threading.Event(), ProcessGroup.meet
 
         def noticed(comm, operation):
             waiting.set()
             meet(comm, operation)
 
         first = threading.Thread(target=train, args=(rank,), daemon=True)
-        with mock.patch.object(ProcessGroup, "_meet", noticed):
+        with mock.patch.object(ProcessGroup, "meet", noticed):
             first.start()
             assert waiting.wait(30)
             train(1 - rank)

@@ -44,3 +44,17 @@ def test_a_first_value_that_is_not_finite(measure, value):
 
 def test_an_empty_batch(measure):
     torch.testing.assert_close(measure(torch.empty(0, 2, 3)), torch.zeros(5, dtype=torch.float64))
+
+
+def test_steps_are_differentiable_in_graphs_of_others():
+    """Which autograd differentiates before a backend sees them."""
+    x, weight, bias = torch.randn(4, 3, 5), torch.randn(3), torch.randn(3)
+    given = [tensor.requires_grad_() for tensor in (x, weight, bias)]
+
+    def steps(x, *affine):
+        sets = composite.measure(x).unsqueeze(0)
+        return composite.normalise(x, sets, affine=composite.Affine(*affine), eps=1e-5)[0]
+
+    compiled, dy = torch.compile(steps, backend="aot_eager", fullgraph=True), torch.randn_like(x)
+    found, expected = (torch.autograd.grad(call(*given), given, dy) for call in (compiled, steps))
+    torch.testing.assert_close(found, expected)

@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from .frames import Received
 from .graphs import InGraph, know
-from .groups import is_alive, name_in_graphs
+from .groups import has_private, is_alive, name_in_graphs
 from .headers import NOBODY, Caller
 from .process_group import ProcessGroup
 
@@ -88,6 +88,8 @@ def from_torch(group: Any) -> ProcessGroup:
 def _facts(group: Any) -> tuple[str, int, int]:
     """Rank and size of a group, and its clone's name."""
     comm = _from_torch(getattr(group, "real_obj", group))  # which torch.compile has wrapped
+    if not has_private(comm.group):
+        comm.meet("torch.compile")  # ranks that compile nothing wait there before they make it
     name, found = name_in_graphs(comm.group), weakref.ref(comm.group)
 
     def find() -> ProcessGroup | None:

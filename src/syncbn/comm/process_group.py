@@ -172,7 +172,7 @@ class ProcessGroup(Framed):
         waiting = True  # for other ranks: their absence may be the cause of an error
         try:
             if not has_private(self.group):
-                self._meet(operation)
+                self.meet(operation)
             group = private(self.group)
             waiting = False
             if self._takes_frames(tensors[-1]):
@@ -187,7 +187,7 @@ class ProcessGroup(Framed):
             text, unsent = self._failure(operation, error, waiting)
             raise (Unsent if unsent else type(error))(text) from error
 
-    def _meet(self, operation: str) -> None:
+    def meet(self, operation: str) -> None:
         """Wait until all ranks are about to make the private group, which takes all of them."""
         store, began = store_of(self.group, f"{self.group.group_name}:here"), time.monotonic()
         try:

@@ -22,6 +22,8 @@ def computed_once(*tensors: Tensor) -> Sequence[Tensor]:
     """
     if not torch.compiler.is_compiling() or transforming() or not _takes_operators(tensors):
         return tensors
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+        return tensors  # steps that somebody else's graph differentiates; the operator has no rule
     written: Sequence[Tensor] = torch.ops.syncbn.computed.default(list(tensors))
     return written
 
