@@ -152,6 +152,27 @@ def full_disk() -> None:
             run(f"umount {folder}")
 
 
+def full_disk_for_a_report() -> None:
+    """Of syncbn check: one line, exit status 2."""
+    with tempfile.TemporaryDirectory() as folder:
+        run(f"mount -t tmpfs -o size=4k tmpfs {folder}")
+        try:
+            command = [sys.executable, "-m", "syncbn", "check", "support.planted:right"]
+            arguments = ["--input", "3,8,8", "--steps", "1", "--html", f"{folder}/report.html"]
+            ended = subprocess.run(
+                [*command, *arguments],
+                capture_output=True,
+                text=True,
+                check=False,
+                timeout=4 * LATE,
+            )
+            said = ended.stderr.strip()
+            require(ended.returncode == 2, f"ended by {ended.returncode}: {said[-300:]}")
+            require("No space left" in said, f"says nothing of the disk: {said[-300:]}")
+        finally:
+            run(f"umount {folder}")
+
+
 def cases() -> Iterator[tuple[str, Callable[[], None]]]:
     for fault in FAULTS:
         for engine in ENGINES:
@@ -160,7 +181,8 @@ def cases() -> Iterator[tuple[str, Callable[[], None]]]:
                 yield name, lambda f=fault, e=engine, m=moment: meet(f, e, m)  # type: ignore[misc]
     yield "cut link", cut_link
     yield "slow link", slow_link
-    yield "full disk", full_disk
+    yield "full disk for a trace", full_disk
+    yield "full disk for a report", full_disk_for_a_report
 
 
 def left() -> set[str]:
