@@ -29,7 +29,8 @@ def prefixed(content: Tensor, prefix: Prefix) -> Tensor:
     if not room:
         return content
     content = content.reshape(-1)
-    if len(words) < 2 or torch.compiler.is_compiling():  # a graph says one word, again and again
+    # A graph says one word, again and again. A captured one would read the host's memory anew.
+    if len(words) < 2 or words == words[:1] * room or torch.compiler.is_compiling():
         return pad(content, (room, 0), value=words[0] if words else 0.0)
     numbers = (*(0.0,) * at, *words, *(0.0,) * (room - at - len(words)))
     return torch.cat((_on(content.device, numbers, content.dtype), content))
