@@ -357,6 +357,24 @@ def test_a_group_that_takes_no_such_tensors(ranks):
     ranks(2, step)
 
 
+def test_an_empty_message(ranks):
+    def step(rank):
+        return on_device(lambda: syncbn.comm.resolve(None).all_gather(torch.empty(0, 3)).shape)
+
+    assert ranks(2, step) == [(2, 0, 3)] * 2
+
+
+def test_headers_that_are_none_differ():
+    """As where messages of different sizes have mixed on a device."""
+    comm, said = mock.Mock(), later.Said("a call", "a layer", (2.0, 2.0, 4.0))
+    headers = torch.tensor([[1.0, torch.nan, torch.inf, 4.0], [1.0, 2.0, 2.0, 4.0]])
+    found = later.Later()
+    found._waiting.append((said, headers.double()))
+    found.fetch(torch.device("cpu"))
+    with pytest.raises(syncbn.DesyncError, match="ranks called different collectives"):
+        found.compare(comm)
+
+
 def test_another_word_for_the_comparison_is_refused(ranks):
     def step(rank):
         with (

@@ -76,7 +76,7 @@ def gather(comm: Framed, message: Tensor, begun: Begun) -> Received:
     if begun.said is not None:
         _later(comm).watch(comm, received[:, :WORDS], begun.said)
     rows = received[:, begun.prefix.room :]
-    return Received(rows.reshape(-1, *begun.shape), received[:, 0])
+    return Received(rows.reshape(comm.size, *begun.shape), received[:, 0])
 
 
 def reduce(comm: Framed, message: Tensor, begun: Begun) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections import deque
 from collections.abc import Sequence
@@ -27,6 +28,7 @@ _NAMED = _EXACT // 2  # a layer is a digest from here on, or a trail and a numbe
 # What a rank has: how many values per channel, if fewer than 2, else 2; so much more than nothing
 # to say; and whether it cannot take part in a backward that others want.
 _HAS, _CANNOT = 2, 4
+_BYTES = 1 << 22  # of messages whose headers wait: kept no longer where there are more
 _KEPT = 1000  # copies that have not come yet, and texts
 
 
@@ -82,7 +84,8 @@ class Later:
         """
         stream = None if device.type == "cpu" else torch.accelerator.current_stream(device)
         waiting = self._waiting
-        if waiting and (len(waiting) >= at_least or stream != self._stream):
+        full = sum(heads.untyped_storage().nbytes() for _, heads in waiting) > _BYTES
+        if waiting and (full or len(waiting) >= at_least or stream != self._stream):
             with self._stream or nullcontext():
                 heads = torch.stack([heads for _, heads in waiting])
                 host = torch.empty_like(heads, device="cpu", pin_memory=not heads.is_cpu)
@@ -104,7 +107,7 @@ class Later:
                 arrived.synchronize()
             self._sent.popleft()
             for each, found in zip(said, heads.tolist(), strict=True):
-                self._check(comm, each, [tuple(map(int, head)) for head in found])
+                self._check(comm, each, [tuple(map(_number, head)) for head in found])
 
     def _check(self, comm: Framed, said: Said, found: Sequence[tuple[int, ...]]) -> None:
         if _differ(found):
@@ -135,6 +138,11 @@ class Later:
         return text + (", gradients wanted" if wants else cannot)
 
 
+def _number(word: float) -> int:
+    """A word of a header; -1 for what none is, as where ranks' messages have mixed."""
+    return int(word) if math.isfinite(word) else -1
+
+
 def _compares_at_once() -> bool:
     told = os.environ.get(VARIABLE, "")
     if told not in ("", "at_once"):
@@ -157,6 +165,8 @@ def _layer(known: int) -> int:
 
 def _differ(heads: Sequence[tuple[int, ...]]) -> bool:
     """As :func:`headers.agree` has it."""
+    if any(word < 0 for head in heads for word in head):  # no headers at all
+        return True
     digests = {digest for _, digest, *_ in heads if digest > _NOTHING}
     layers = {layer for *_, layer, _ in heads if layer > _NOTHING}
     if len(digests) > 1 or (len(layers) > 1 and max(layers) >= _NAMED):
