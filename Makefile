@@ -35,7 +35,7 @@ test-all: $(READY)
 test-composite: $(READY)
 	SYNCBN_KERNELS=composite $(BIN)/python $(PYTEST) tests/tensors/test_checkpointing.py \
 	  tests/layers/test_modules.py tests/layers/test_lazy.py tests/layers/test_state.py \
-	  tests/models/test_convert.py tests/models/test_revert.py \
+	  tests/models/test_convert.py tests/models/test_revert.py tests/models/test_accumulating.py \
 	  tests/step/test_exact.py tests/step/test_masks.py tests/step/test_double_backward.py
 
 # The GPU's kernels without a GPU, where Triton is installed (pip install -c constraints.txt triton):

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn as nn
 from torch import Tensor
+from torch.utils._mode_utils import no_dispatch
 
 from ..kernels import Running
 from ..numerics.moments import Merged, unpack, wide_dtype
@@ -43,15 +44,17 @@ def begin_update(
     by nothing. A compiled graph that was traced in the first forward runs in the second, too. So it
     moves copies, and asks whenever it runs whether to keep them.
     """
-    mean, var, batches, momentum = running
+    mean, var, batches, _ = running
     key = batches if mean is None else mean
     if mode.tracing or mean is None:
         skipped = None
     first: bool | Tensor
     if not mode.compiling:
         first = moves(key)
-        if first and accumulator is not None:
-            return Running(momentum=momentum), accumulator.keep
+        if first and accumulator is not None and mean is not None:
+            with no_dispatch():
+                copied = mean.clone(), None if var is None else var.clone()
+            return Running(*copied, None, 0.0), accumulator.keep  # as in a second forward
         if first and skipped is None:
             return running, None
     elif key is None or mode.exporting:
