@@ -62,6 +62,7 @@ def meet() -> None:
 
 def main() -> None:
     faulthandler.dump_traceback_later(30, exit=False)  # of one that hangs, where
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs ignore it
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     rank, victim = dist.get_rank(), int(os.environ["VICTIM"])
