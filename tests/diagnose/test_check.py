@@ -162,6 +162,8 @@ def test_a_function_is_a_factory():
         ("broken", {}, "raised KeyError: 'no such\\nconfiguration'"),
         ("broken_on_one", {}, "broken_on_one raised RuntimeError: rank 1 alone"),
         ("dying", {}, "left with exit status 7"),
+        ("dying_well", {"ranks": 1}, "rank 0 left with exit status 0 before its end"),
+        ("exiting", {}, "factory support.planted:exiting raised SystemExit: 0"),
         ("hanging", {"timeout": 2.0}, "no result within 2 s, the timeout; last: calling the fact"),
     ],
 )

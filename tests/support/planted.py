@@ -258,6 +258,14 @@ def dying() -> nn.Module:
 not_callable = 3
 
 
+def dying_well() -> nn.Module:
+    os._exit(0)
+
+
+def exiting() -> nn.Module:
+    raise SystemExit(0)
+
+
 def data(samples: int) -> Tensor:
     return torch.randn(samples, 3, 8, 8)
 
