@@ -159,9 +159,10 @@ def test_launch_hands_on_messages_and_rank_0s_result() -> None:
 def test_a_rank_that_dies_ends_the_others_and_is_named(
     worker: str, texts: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    with pytest.raises(RankFailed) as failure, forked_launches():
-        launch(globals()[worker], None, ranks=2, on_message=lambda message: None)
+    with forked_launches():  # which has a folder of its own
+        monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+        with pytest.raises(RankFailed) as failure:
+            launch(globals()[worker], None, ranks=2, on_message=lambda message: None)
     for text in texts:
         assert text in str(failure.value)
     assert list(tmp_path.iterdir()) == []
