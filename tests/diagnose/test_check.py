@@ -125,6 +125,15 @@ def test_the_report_says_what_was_done_and_what_is_no_fault():
     assert any("5 samples on 2 ranks are 3 + 2" in note for note in report.notes)
 
 
+def test_values_that_are_not_finite_show_nothing_and_it_says_so():
+    report = checked("not_finite", steps=1)
+    assert report.ok
+    assert any(
+        note.startswith("Nan or infinity in one process, too, first in bn1") for note in report.notes
+    )
+    assert not any("infinity" in note for note in checked("right", steps=1).notes)
+
+
 def test_large_outputs_are_compared_in_part_and_without_a_note():
     report = checked("right", input=(3, 48, 48), batch=2, steps=1)
     assert report.ok
