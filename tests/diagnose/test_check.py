@@ -129,7 +129,8 @@ def test_values_that_are_not_finite_show_nothing_and_it_says_so():
     report = checked("not_finite", steps=1)
     assert report.ok
     assert any(
-        note.startswith("Nan or infinity in one process, too, first in bn1") for note in report.notes
+        note.startswith("Nan or infinity in one process, too, first in bn1")
+        for note in report.notes
     )
     assert not any("infinity" in note for note in checked("right", steps=1).notes)
 
@@ -161,6 +162,9 @@ def test_a_function_is_a_factory():
         ("right", {"steps": 0}, "expected steps ≥ 1"),
         ("right", {"dtype": "int8"}, "expected dtype in float64"),
         ("right", {"lr": 0.0}, "expected lr > 0"),
+        ("right", {"timeout": float("inf")}, "timeout > 0, up to 1e+09 s, got 0.01 and inf"),
+        ("right", {"seed": 2**64}, "expected seed from 0 to 4294967295, got 18446744073709551616"),
+        ("right", {"seed": -1}, "expected seed from 0 to"),
         ("right", {"loss": "nothing"}, "loss support.planted:nothing: support.planted has no"),
         ("right", {"data": "too_few"}, "expected tensors of 4 samples, got none"),
         ("right", {"data": "data", "loss": "summed"}, "expected (inputs, target), got Tensor"),
