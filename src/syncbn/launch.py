@@ -169,6 +169,8 @@ def _watch(
         yield time.monotonic()
         if any(process.exitcode not in (None, 0) for process in processes):
             raise RankFailed(_cause([process.exitcode for process in processes], folder))
+    if not (folder / "result").exists():  # something called os._exit(0)
+        raise RankFailed(f"rank 0 left with exit status 0 before its end{_log(0, folder)}")
 
 
 def _raise_for(number: int) -> NoReturn:
@@ -213,11 +215,11 @@ def _rank_main(rank: int, folder: Path, sender: Connection | None) -> None:
     code = 1
     try:
         worker, task = pickle.loads((folder / "task").read_bytes())
-        result = worker(rank, task, folder, sender.send if sender else _to_nobody)
+        result = worker(rank, task, folder, sender.send if sender else lambda _: None)
         if rank == 0:
             _write(folder / "result", result)
         code = 0
-    except Exception:
+    except (Exception, SystemExit):  # sys.exit(0) is no good end either: nothing was returned
         _write_failure(rank, folder)
     # Without the interpreter's shutdown, which has nothing left to save: after a failure it may
     # wait for a stuck process group, and after success torch 2.13 aborted there now and then.
@@ -243,7 +245,3 @@ def _write_failure(rank: int, folder: Path) -> None:
 
 def _write(path: Path, content: Any) -> None:
     path.write_bytes(pickle.dumps(content))
-
-
-def _to_nobody(message: Any) -> None:
-    """Only rank 0 is heard."""

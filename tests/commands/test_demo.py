@@ -152,15 +152,17 @@ def test_launch_hands_on_messages_and_rank_0s_result() -> None:
     ("worker", "texts"),
     [
         ("_is_killed", ("rank 1 was ended by SIGKILL", "last words")),
-        ("_leaves", ("rank 1 left with exit status 3",)),
+        ("_leaves", ("rank 1 failed", "SystemExit: 3")),
+        ("_leaves_well", ("failed", "SystemExit: 0")),
     ],
 )
 def test_a_rank_that_dies_ends_the_others_and_is_named(
     worker: str, texts: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    with pytest.raises(RankFailed) as failure, forked_launches():
-        launch(globals()[worker], None, ranks=2, on_message=lambda message: None)
+    with forked_launches():  # which has a folder of its own
+        monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+        with pytest.raises(RankFailed) as failure:
+            launch(globals()[worker], None, ranks=2, on_message=lambda message: None)
     for text in texts:
         assert text in str(failure.value)
     assert list(tmp_path.iterdir()) == []
@@ -183,6 +185,10 @@ def _leaves(rank: int, task: object, folder: Path, send) -> None:
     if rank == 1:
         raise SystemExit(3)
     signal.pause()
+
+
+def _leaves_well(rank: int, task: object, folder: Path, send) -> None:
+    raise SystemExit(0)
 
 
 @pytest.mark.slow

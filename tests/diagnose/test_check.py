@@ -122,7 +122,8 @@ def test_the_report_says_what_was_done_and_what_is_no_fault():
     ]
     assert [row.synchronised for row in report.rows[:3]] == [None, True, None]
     assert {row.calls for row in report.rows[:-1]} == {2}
-    assert any("5 samples on 2 ranks are 3 + 2" in note for note in report.notes)
+    assert "Nan or infinity in one process, too, first in bn1" in " ".join(report.notes)
+    assert not any("infinity" in note for note in checked("right", steps=1).notes)
 
 
 def test_large_outputs_are_compared_in_part_and_without_a_note():
@@ -152,6 +153,9 @@ def test_a_function_is_a_factory():
         ("right", {"steps": 0}, "expected steps ≥ 1"),
         ("right", {"dtype": "int8"}, "expected dtype in float64"),
         ("right", {"lr": 0.0}, "expected lr > 0"),
+        ("right", {"timeout": float("inf")}, "timeout > 0, up to 1e+09 s, got 0.01 and inf"),
+        ("right", {"seed": 2**64}, "expected seed from 0 to 4294967295, got 18446744073709551616"),
+        ("right", {"seed": -1}, "expected seed from 0 to"),
         ("right", {"loss": "nothing"}, "loss support.planted:nothing: support.planted has no"),
         ("right", {"data": "too_few"}, "expected tensors of 4 samples, got none"),
         ("right", {"data": "data", "loss": "summed"}, "expected (inputs, target), got Tensor"),
@@ -162,6 +166,8 @@ def test_a_function_is_a_factory():
         ("broken", {}, "raised KeyError: 'no such\\nconfiguration'"),
         ("broken_on_one", {}, "broken_on_one raised RuntimeError: rank 1 alone"),
         ("dying", {}, "left with exit status 7"),
+        ("dying_well", {"ranks": 1}, "rank 0 left with exit status 0 before its end"),
+        ("exiting", {}, "factory support.planted:exiting raised SystemExit: 0"),
         ("hanging", {"timeout": 2.0}, "no result within 2 s, the timeout; last: calling the fact"),
     ],
 )

@@ -474,6 +474,8 @@ def test_a_layer_that_no_value_reaches_is_named_and_left():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         syncbn.recalibrate(syncbn.freeze(model, lambda name, _: name == "unused"), [batch(4)])
+    with pytest.warns(UserWarning, match="left as they were, .*: 'the module itself'; freeze"):
+        syncbn.recalibrate(syncbn.SyncBatchNorm(2), [torch.randn(0, 2)])
 
 
 # --- what it refuses -------------------------------------------------------------------------
@@ -500,6 +502,8 @@ def test_wrong_arguments():
         syncbn.recalibrate([], [])
     with pytest.raises(TypeError, match=r"expected an iterable of batches, got int; .* \[batch\]"):
         syncbn.recalibrate(nn.BatchNorm1d(2), 3)
+    with pytest.raises(TypeError, match=r"expected an iterable of batches, got dict; .* \[batch\]"):
+        syncbn.recalibrate(nn.BatchNorm1d(2), {"input": torch.randn(4, 2)})
     with pytest.raises(TypeError, match="process_group: got str"):
         syncbn.recalibrate(nn.BatchNorm1d(2), [], process_group="nccl")
     with pytest.raises(ValueError, match="first element of a batch, got an empty tuple"):

@@ -179,6 +179,18 @@ def test_a_lazy_layer_stays_frozen_when_it_sees_its_input(cls):
     assert "Lazy" not in type(layer).__name__
 
 
+@pytest.mark.parametrize("cls", [nn.LazyBatchNorm1d, syncbn.LazySyncBatchNorm1d])
+def test_weight_and_bias_of_a_lazy_layer_stop_before_they_have_a_size(cls):
+    layer = syncbn.freeze(cls(), affine=True)
+    layer.train()(torch.randn(4, 3))
+    assert layer.weight.shape == (3,)
+    assert not layer.weight.requires_grad
+    assert not layer.bias.requires_grad
+    assert syncbn.unfreeze(layer).weight.requires_grad
+    layer = syncbn.unfreeze(syncbn.freeze(cls(), affine=True))
+    assert layer.bias.requires_grad
+
+
 @pytest.mark.parametrize("options", [{"affine": False}, {"momentum": None}, {"bias": False}])
 def test_every_option(options):
     layer = syncbn.freeze(syncbn.SyncBatchNorm1d(3, **options), affine=True)

@@ -258,6 +258,20 @@ def dying() -> nn.Module:
 not_callable = 3
 
 
+def dying_well() -> nn.Module:
+    os._exit(0)
+
+
+def exiting() -> nn.Module:
+    raise SystemExit(0)
+
+
+def not_finite() -> nn.Module:
+    model = right()
+    model.bn1.register_forward_hook(lambda module, args, output: output * float("inf"))
+    return model
+
+
 def data(samples: int) -> Tensor:
     return torch.randn(samples, 3, 8, 8)
 

@@ -88,7 +88,7 @@ def recalibrate(
         (tensor([3.7500]), tensor([6.9167]))
     """
     check_model("recalibrate", model)
-    if not isinstance(batches, Iterable):
+    if not isinstance(batches, Iterable) or isinstance(batches, (Mapping, str)):
         raise TypeError(
             f"recalibrate: expected an iterable of batches, got {type(batches).__name__}; for one "
             "batch, [batch]"
@@ -115,7 +115,7 @@ def recalibrate(
             "iterator that was used before is empty: make it anew"
         )
     without = [
-        name
+        name or "the module itself"
         for (name, layer), row in zip(layers.items(), rows, strict=True)
         if not _become(layer, merge(unpack(row[:, 1:])), row[:, 0].max())
     ]

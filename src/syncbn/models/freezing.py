@@ -122,7 +122,7 @@ def unfreeze(module: ModuleT, where: Callable[[str, nn.Module], bool] | None = N
             for name, wanted in frozen.wanted.items():
                 parameter = layer._parameters.get(name)
                 if parameter is not None:
-                    parameter.requires_grad_(wanted)
+                    parameter.requires_grad = wanted
     return module
 
 
@@ -154,4 +154,4 @@ def _stop_gradients(layer: nn.Module) -> None:
         parameter = layer._parameters.get(name)
         if parameter is not None:
             frozen.wanted.setdefault(name, parameter.requires_grad)
-            parameter.requires_grad_(False)
+            parameter.requires_grad = False  # a lazy one refuses requires_grad_()

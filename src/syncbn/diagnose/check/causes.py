@@ -197,6 +197,12 @@ def notes(evidence: Evidence, found: Departure | None) -> list[str]:
     random = [name for name, each in evidence.seen.items() if "random" in each]
     if random and (found is None or found.layer not in random):
         sentences.append(f"Random numbers are drawn in: {_listed(random)}.")
+    if evidence.not_finite:
+        sentences.append(
+            "Nan or infinity in one process, too, first in "
+            f"{_listed(evidence.not_finite[:1])}: whether ranks would train alike on numbers is "
+            "not shown from there on."
+        )
     silent = [name for name in evidence.layers if not evidence.counts[0][name]]
     if silent and evidence.order:
         sentences.append(f"Never called: {_listed(silent)}.")

@@ -93,6 +93,14 @@ class Step:
             for run in (self.reference, *self.ranks)
         ]
 
+    def not_finite(self) -> list[str]:
+        """Modules that return nan or infinity in one process, in forward order."""
+        return [
+            event["name"]
+            for event in self.reference["events"]
+            if not all(bool(tensor.isfinite().all()) for tensor in event["outputs"])
+        ]
+
     def losses(self) -> tuple[float, list[float]]:
         """Of one process, and of each rank's samples by themselves."""
         return float(self.reference["loss"]), [float(run["loss"]) for run in self.ranks]

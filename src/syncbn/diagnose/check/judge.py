@@ -40,6 +40,7 @@ class Evidence:
     order: list[str] = field(default_factory=list)  # modules as they end in one process
     counts: list[Counter[str]] = field(default_factory=list)  # in one process, then on each rank
     losses: list[tuple[float, list[float]]] = field(default_factory=list)
+    not_finite: list[str] = field(default_factory=list)  # modules whose values are nan or infinite
 
     @property
     def layers(self) -> list[str]:
@@ -61,6 +62,7 @@ def gathered(task: Task, folder: Path, raised: Raised | None) -> Evidence:
         step = Step(task, folder, number)
         evidence.findings += step.findings()
         evidence.losses.append(step.losses())
+        evidence.not_finite = evidence.not_finite or step.not_finite()
         for total, count in zip(evidence.counts, step.counts(), strict=True):
             total.update(count)
         evidence.order = evidence.order or list(

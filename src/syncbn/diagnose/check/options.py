@@ -18,6 +18,7 @@ DTYPES = {
 }
 # Relative differences that rounding makes in a few steps of a few dozen layers, with a margin.
 TOLERANCES = {"float64": 1e-9, "float32": 1e-4, "bfloat16": 0.1, "float16": 0.02}
+_LONGEST, _LAST_SEED = 1e9, 2**32 - 1  # seconds that C++ clocks hold; what NumPy takes
 Named = str | Callable[..., Any]
 
 
@@ -58,10 +59,13 @@ class Task:
             )
         if self.dtype not in DTYPES:
             raise Unusable(f"check: expected dtype in {', '.join(DTYPES)}, got {self.dtype!r}")
-        if not self.lr > 0 or not self.timeout > 0:
+        if not self.lr > 0 or not 0 < self.timeout <= _LONGEST:
             raise Unusable(
-                f"check: expected lr > 0 and timeout > 0, got {self.lr!r} and {self.timeout!r}"
+                f"check: expected lr > 0 and timeout > 0, up to {_LONGEST:g} s, got {self.lr!r} "
+                f"and {self.timeout!r}"
             )
+        if not isinstance(self.seed, int) or not 0 <= self.seed <= _LAST_SEED:
+            raise Unusable(f"check: expected seed from 0 to {_LAST_SEED}, got {self.seed!r}")
         self._check_input()
         for name in ("factory", "data", "loss"):
             _check_named(name, getattr(self, name))

@@ -77,7 +77,7 @@ def run_rank(rank: int, task: Task, folder: Path, send: Callable[[Progress], Non
     place = Place()
     try:
         _run(rank, task, folder, send, place)
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # a module that runs a script's main() when imported
         raised = _raised(rank, place, error)
         partial = folder / f"raised-{rank}.part"
         partial.write_text(json.dumps(asdict(raised)), encoding="utf-8")
@@ -85,7 +85,7 @@ def run_rank(rank: int, task: Task, folder: Path, send: Callable[[Progress], Non
         raise
 
 
-def _raised(rank: int, place: Place, error: Exception) -> Raised:
+def _raised(rank: int, place: Place, error: BaseException) -> Raised:
     return Raised(
         rank=rank,
         phase=place.phase,

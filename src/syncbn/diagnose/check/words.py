@@ -8,7 +8,7 @@ _WORDS = {
     "eval": """
         {cls} is in eval mode {where}: it normalises by its running statistics, where
         model.train() of a training loop has it normalise the batch. Call model.train(); to freeze
-        the layer for good, override the model's train().""",
+        the layer for good, syncbn.freeze(model, where).""",
     "group": """
         It normalises over a group of {group} of {world} ranks (process_group or group_size). That
         equals no single process; where it is meant, it is no fault.""",
