@@ -94,7 +94,7 @@ TORCH = $(shell $(BIN)/python -c 'import importlib.util as u; print(u.find_spec(
 hostile-sanitized: $(READY) $(SANITIZED_LIBRARY)
 	cd tests && LD_PRELOAD="$(RUNTIME)" ASAN_OPTIONS=detect_leaks=0 \
 	  HOSTILE_LIBRARY=$(abspath $(SANITIZED_LIBRARY)) \
-	  ../$(BIN)/python -m hostile --single 3000 --operators 12000 --ranked 0 --no-faults
+	  ../$(BIN)/python -m hostile --single 3000 --operators 12000 --states 0 --ranked 0 --no-faults
 
 $(NATIVE)/shared_%.o: csrc/loops/%.cpp $(HEADERS)
 	@mkdir -p $(NATIVE)

@@ -89,6 +89,29 @@ def test_a_thread_that_raises_says_so(case):
     check(case, outcomes(case, [(comm,) for comm in syncbn.comm.threads(2)]))
 
 
+REFUSED = {
+    "dimensions": lambda comm: syncbn.SyncBatchNorm2d(2, process_group=comm)(x()),
+    "mask": lambda comm: layer(comm)(x(), torch.ones(4)),
+    "option": lambda comm: syncbn.sync_batch_norm(x(), None, None, eps=-1.0, group=comm),
+    "lazy": lambda comm: syncbn.LazySyncBatchNorm2d(process_group=comm)(x()),
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_others_are_told_of_every_refusal_of_a_layer(what):
+    """However early it comes."""
+
+    def step(comm):
+        if comm.rank == 1:
+            with pytest.raises((TypeError, ValueError)):
+                REFUSED[what](comm)
+            return ""
+        return refusal(lambda: layer(comm)(x()))
+
+    text, _ = outcomes(step, [(comm,) for comm in syncbn.comm.threads(2)])
+    assert "rank 1 gave up in call 1" in text
+
+
 @needs_mpi
 @of_both
 def test_a_process_of_mpi_that_raises_says_so(mpi_ranks, case):

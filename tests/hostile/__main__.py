@@ -1,6 +1,6 @@
 """The campaign against hostile input: make hostile, or
 
-python -m hostile [--seed N] [--single N] [--ranked N] [--operators N] [--no-faults]   (in tests/)
+python -m hostile [--seed N] [--single N] [--ranked N] [--operators N] [--states N]   (in tests/)
 
 Everything that can be fed to a layer, with the float64 judge where it runs; where it raises,
 nothing may crash, hang, move or stay. Each part runs in processes of its own, so that a crash is a
@@ -60,7 +60,8 @@ def campaign(given: argparse.Namespace) -> int:
     paths = [str(ROOT / "src"), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]
     os.environ["PYTHONPATH"] = os.pathsep.join(paths)
     wrong = 0
-    parts = {"single": given.single, "operators": given.operators, "ranked": given.ranked}
+    parts = {"single": given.single, "operators": given.operators}
+    parts |= {"states": given.states, "ranked": given.ranked}
     for part, count in parts.items():
         counts, began = Counter[str](), time.monotonic()
         for first in range(given.seed, given.seed + count, CHUNK):
@@ -86,6 +87,7 @@ def main() -> int:
     parser.add_argument("--single", type=int, default=20_000, help="cases of one process")
     parser.add_argument("--ranked", type=int, default=2_000, help="cases of 2 to 4 ranks")
     parser.add_argument("--operators", type=int, default=20_000, help="direct calls of operators")
+    parser.add_argument("--states", type=int, default=5_000, help="checkpoints")
     parser.add_argument("--no-faults", action="store_true", help="leave out crashes and links")
     return min(1, campaign(parser.parse_args()))
 

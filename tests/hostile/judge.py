@@ -185,6 +185,8 @@ def state_of(drawn: Drawn) -> dict[str, Tensor]:
 
 
 def is_held(tensor: Tensor) -> bool:
+    if tensor.layout is not torch.strided:
+        return False
     return tensor.untyped_storage().nbytes() >= tensor.numel() * tensor.itemsize
 
 

@@ -6,7 +6,7 @@ from collections import Counter
 
 import pytest
 
-from hostile import operators, ranked, single
+from hostile import operators, ranked, single, states
 from support.kernels import needs_native
 
 
@@ -16,6 +16,11 @@ def test_one_process():
     counts = Counter(single.try_case(seed) for seed in range(200))
     assert counts["refused"] > 20
     assert counts["right"] > 100
+
+
+def test_checkpoints():
+    counts = Counter(states.try_case(seed) for seed in range(100))
+    assert min(counts["right"], counts["refused"]) > 20
 
 
 @needs_native
