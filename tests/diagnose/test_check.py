@@ -81,6 +81,13 @@ def test_what_is_right_is_equal(factory, options):
         ("small_group", {}, "bn2", "group", "a group of 1 of 2 ranks"),
         ("repeating", {"batch": 5, "ranks": 3}, "between.layer", "calls", "rank 0 4 times"),
         ("skipping_on_one", {}, "bn2", "raises", "call different layers"),
+        (
+            "leaving_out_on_one",
+            {"timeout": 24, "steps": 1},
+            "bn2",
+            "raises",
+            "rank 1 has not arrived",
+        ),
         ("halving", {}, "between", "half", "bfloat16"),
         ("chaotic", {}, "between", "rounding", "chaos"),
         ("centring", {}, "between", "unknown", "of all samples"),

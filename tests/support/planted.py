@@ -408,3 +408,21 @@ def unused() -> nn.Module:
 
 def without_weights() -> nn.Module:
     return nn.Sequential(syncbn.SyncBatchNorm2d(3, affine=False), nn.Flatten())
+
+
+class NeverOnOne(Net):
+    """The only batch norm is left out on rank 1 of several."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bn1 = nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        if dist.is_initialized() and dist.get_world_size() > 1 and dist.get_rank() == 1:
+            self.bn2.forward = lambda x: x * self.bn2.weight.view(-1, 1, 1)
+        return super().forward(x)
+
+
+def leaving_out_on_one() -> nn.Module:
+    model: nn.Module = syncbn.convert(NeverOnOne())
+    return model

@@ -23,6 +23,7 @@ from torch._C._distributed_c10d import HashStore
 from torch.nn.parallel import DistributedDataParallel
 
 from ...batches.nested import mapped
+from ...comm import waiting
 from ...comm.frames import DesyncError
 from ...launch import joined
 from ...models.convert import convert
@@ -33,6 +34,7 @@ from .options import Task, Unusable, spoken
 
 REFERENCE, PERTURBED, RESEEDED, RANKS = "reference", "perturbed", "reseeded", "rank"
 ALONE = (REFERENCE, PERTURBED, RESEEDED)
+_WAIT = 120.0  # seconds that a layer waits for a rank
 
 
 @dataclass
@@ -175,8 +177,10 @@ def _train_ranks(
     # Which weights are left unused is the model's business: it is no fault, nor is their presence.
     warnings.filterwarnings("ignore", message="find_unused_parameters")
     wrapped = DistributedDataParallel(model, find_unused_parameters=True) if trained else model
-    done = task.steps * len(ALONE)
-    _train(wrapped, model, task, task.share(rank), folder, f"{RANKS}-{rank}", place, send, done)
+    done, name = task.steps * len(ALONE), f"{RANKS}-{rank}"
+    # Shorter than the whole check, so that a layer that some rank never calls is named.
+    with waiting.timeout(min(task.timeout / 2, _WAIT)):
+        _train(wrapped, model, task, task.share(rank), folder, name, place, send, done)
 
 
 def _train(
