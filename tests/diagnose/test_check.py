@@ -129,6 +129,12 @@ def test_the_report_says_what_was_done_and_what_is_no_fault():
     ]
     assert [row.synchronised for row in report.rows[:3]] == [None, True, None]
     assert {row.calls for row in report.rows[:-1]} == {2}
+    assert any("5 samples on 2 ranks are 3 + 2" in note for note in report.notes)
+
+
+def test_values_that_are_not_finite_show_nothing_and_it_says_so():
+    report = checked("not_finite", steps=1)
+    assert report.ok
     assert "Nan or infinity in one process, too, first in bn1" in " ".join(report.notes)
     assert not any("infinity" in note for note in checked("right", steps=1).notes)
 
