@@ -55,6 +55,7 @@ class Later:
 
     def __init__(self) -> None:
         self._waiting: list[tuple[Said, Tensor]] = []  # headers that are on the device alone
+        self._bytes = 0  # of the messages that they are part of
         self._stream: Any = None  # there
         self._sent: deque[_Sent] = deque(maxlen=_KEPT)
         self._texts: dict[tuple[float, ...], str] = {}
@@ -74,6 +75,7 @@ class Later:
         if not at_once:
             self.compare(comm)
         self._waiting.append((said, heads))
+        self._bytes += heads.untyped_storage().nbytes()
         if at_once:
             self.fetch(heads.device)
             self.compare(comm, wait=True)
@@ -84,8 +86,8 @@ class Later:
         """
         stream = None if device.type == "cpu" else torch.accelerator.current_stream(device)
         waiting = self._waiting
-        full = sum(heads.untyped_storage().nbytes() for _, heads in waiting) > _BYTES
-        if waiting and (full or len(waiting) >= at_least or stream != self._stream):
+        full = self._bytes > _BYTES or len(waiting) >= at_least
+        if waiting and (full or stream != self._stream):
             with self._stream or nullcontext():
                 heads = torch.stack([heads for _, heads in waiting])
                 host = torch.empty_like(heads, device="cpu", pin_memory=not heads.is_cpu)
@@ -93,6 +95,7 @@ class Later:
                 arrived = None if self._stream is None else self._stream.record_event()
             self._sent.append(_Sent([said for said, _ in waiting], host, arrived))
             waiting.clear()
+            self._bytes = 0
         self._stream = stream
 
     def compare(self, comm: Framed, wait: bool = False) -> None:
@@ -113,6 +116,7 @@ class Later:
         if _differ(found):
             self._sent.clear()
             self._waiting.clear()
+            self._bytes = 0
             texts = {rank: self._text(*head) for rank, head in enumerate(found)}
             listed = "; ".join(f"rank {rank}: {text}" for rank, text in texts.items())
             raise DesyncError(
