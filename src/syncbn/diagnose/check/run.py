@@ -61,6 +61,9 @@ def check(
             factory, data or loss that raises, no result in time. No process is left.
         KeyboardInterrupt: no process is left then, either.
 
+    Source: the judge is torch.nn.BatchNorm2d and its kin over the whole batch; docs/check.md says
+    what is compared, and how closely.
+
     Example:
         >>> report = syncbn.check("torch.nn:Flatten", input=(3,), ranks=1, batch=2, steps=1)
         >>> report.ok, report.first

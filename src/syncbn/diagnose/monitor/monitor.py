@@ -59,6 +59,9 @@ class Monitor:
             input, or with all of them inside compiled graphs.
         DesyncError, in a forward: ranks observe different steps.
 
+    Source: Kish, "Survey Sampling", 1965, chapter 5; what is enough: Wu & He 2018,
+    https://arxiv.org/abs/1803.08494, table 2.
+
     Example:
         >>> model = torch.nn.Sequential(torch.nn.Conv2d(1, 4, 3), torch.nn.BatchNorm2d(4))
         >>> monitor = syncbn.Monitor(model, every=10)
