@@ -21,7 +21,7 @@ from support.processes import forked_launches
 from support.scripts import execute, run_script
 from syncbn.diagnose.check.command import add_options
 
-PAGES = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")]
+PAGES = [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")]
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
 
