@@ -17,7 +17,7 @@ SOURCE = Path(syncbn.__file__).parent
 CSRC = ROOT / "csrc"
 # From the ground up. A room imports from rooms on floors below its own, never from its own floor.
 FLOORS = (
-    {"_version", "library", "tensors"},
+    {"_interrupts", "_version", "library", "tensors"},
     {"numerics"},
     {"comm", "kernels"},
     {"step"},
