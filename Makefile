@@ -123,7 +123,9 @@ test-aarch64: $(READY)
 # serves in an environment of its own, without a compiler, the tests that the sources bring.
 BUILD := build/wheel
 FRESH := $(BUILD)/env/bin/python
-REPAIR = $(if $(filter Linux,$(shell uname)),$(BIN)/auditwheel repair --exclude 'libtorch*' --exclude 'libc10*' -w dist,cp -t dist)
+# The C library that the wheel needs goes into its name; torch's libraries are torch's to bring.
+AUDIT := $(BIN)/auditwheel repair --exclude 'libtorch*' --exclude 'libc10*'
+FINISH = $(if $(filter Linux,$(shell uname)),$(AUDIT) -w dist $(BUILD)/*.whl,cp $(BUILD)/*.whl dist/)
 
 sdist: $(READY)
 	rm -f dist/syncbn-*
@@ -135,7 +137,7 @@ wheel: sdist
 	mkdir -p $(BUILD)/source
 	tar -xzf dist/syncbn-*.tar.gz -C $(BUILD)/source --strip-components 1
 	$(BIN)/python -m pip wheel -q --no-deps -w $(BUILD) dist/syncbn-*.tar.gz
-	PATH="$(abspath $(BIN)):$$PATH" $(REPAIR) $(BUILD)/syncbn-*.whl
+	PATH="$(abspath $(BIN)):$$PATH" $(FINISH)
 	$(BIN)/twine check --strict dist/syncbn-*.whl
 	$(BIN)/python tests/project/wheel_contents.py dist/syncbn-*.whl
 	$(PYTHON) -m venv $(BUILD)/env
