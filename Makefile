@@ -5,7 +5,7 @@ READY := .venv/.ready
 
 WHEEL := build/wheel
 
-.PHONY: setup demo docs test test-all test-composite test-kernels test-native test-compilers test-aarch64 test-wheel coverage mutants hostile hostile-sanitized lint format bench-toy gpu-check clean
+.PHONY: setup demo test test-all test-composite test-kernels test-native test-compilers test-aarch64 test-wheel coverage mutants hostile hostile-sanitized lint format bench-toy gpu-check clean
 
 setup: $(READY)
 
@@ -127,16 +127,6 @@ test-wheel: $(READY)
 	  tests/kernels/test_native.py tests/kernels/test_kernels.py \
 	  tests/step/test_exact.py tests/layers/test_modules.py
 
-# The site, into site/: any warning fails it. Nothing is fetched but, once, the extra [docs].
-DOCS_READY := .venv/.docs
-
-$(DOCS_READY): $(READY)
-	$(BIN)/python $(INSTALL) 'syncbn[docs]'
-	touch $@
-
-docs: $(DOCS_READY)
-	$(BIN)/python -m sphinx -q -W --keep-going -n docs site
-
 # Which lines no test reaches, of all files or of make coverage TESTS=tests/step; what ranks run counts.
 coverage: $(READY)
 	rm -rf build/coverage
@@ -180,6 +170,17 @@ bench-toy: $(READY)
 # needs torch and Triton alone: without .venv, where torch knows the GPU, PYTHON's are taken.
 gpu-check:
 	PYTHONPATH=src $(if $(wildcard $(READY)),$(BIN)/python,$(PYTHON)) benchmarks/gpu_check.py $(if $(REHEARSE),--rehearse)
+
+# The site, into site/: any warning fails it. Nothing is fetched but, once, the extra [docs].
+.PHONY: docs
+DOCS_READY := .venv/.docs-ready
+
+$(DOCS_READY): $(READY)
+	$(BIN)/python $(INSTALL) 'syncbn[docs]'
+	touch $@
+
+docs: $(DOCS_READY)
+	$(BIN)/python -m sphinx -q -W --keep-going -n docs site
 
 clean:
 	rm -rf .venv build dist site src/*.egg-info src/syncbn/*.so src/syncbn/libsyncbn.txt .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -2,6 +2,8 @@
 
 import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 from docutils.nodes import SkipNode
@@ -59,6 +61,21 @@ copybutton_prompt_text = r">>> |\.\.\. |\$ "
 copybutton_prompt_is_regexp = True
 
 
+def changelog(app, name, source):
+    """CHANGELOG.md, and for what is not released yet the entries in changelog.d."""
+    if name == "changelog":
+        command = [sys.executable, "-m", "towncrier", "build", "--draft", "--version", "Unreleased"]
+        draft = subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout
+        draft = re.sub(r"^(## \[Unreleased\]).*", r"\1", draft, flags=re.MULTILINE)
+        text = (ROOT / "CHANGELOG.md").read_text()
+        if "\n- " in draft:
+            waiting = re.compile(
+                r"^## \[Unreleased\]\n.*?(?=^<!--|^## |\Z)", re.MULTILINE | re.DOTALL
+            )
+            text = waiting.sub(lambda _: draft, text)
+        source[0] = text
+
+
 def links_to_the_repository(app, name, source):
     """What a page links outside docs/ is on GitHub; a page's links work there as they stand."""
     folder = (ROOT / "docs" / name).parent
@@ -90,5 +107,6 @@ def displayed_mathematics(self, node):
 
 def setup(app):
     app.add_html_math_renderer("mathml", (inline_mathematics, None), (displayed_mathematics, None))
+    app.connect("source-read", changelog)
     app.connect("source-read", links_to_the_repository)
     app.connect("autodoc-process-docstring", plain_characters, priority=400)  # before napoleon
