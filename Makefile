@@ -206,5 +206,16 @@ bench-toy: $(READY)
 gpu-check:
 	PYTHONPATH=src $(if $(wildcard $(READY)),$(BIN)/python,$(PYTHON)) benchmarks/gpu_check.py $(if $(REHEARSE),--rehearse)
 
+# The site, into site/: any warning fails it. Nothing is fetched but, once, the extra [docs].
+.PHONY: docs
+DOCS_READY := .venv/.docs-ready
+
+$(DOCS_READY): $(READY)
+	$(BIN)/python $(INSTALL) 'syncbn[docs]'
+	touch $@
+
+docs: $(DOCS_READY)
+	$(BIN)/python -m sphinx -q -W --keep-going -n docs site
+
 clean:
-	rm -rf .venv build dist src/*.egg-info src/syncbn/*.so src/syncbn/libsyncbn.txt .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv build dist site src/*.egg-info src/syncbn/*.so src/syncbn/libsyncbn.txt .pytest_cache .mypy_cache .ruff_cache .hypothesis

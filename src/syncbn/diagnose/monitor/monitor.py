@@ -39,8 +39,9 @@ class Monitor:
 
     - ``mean_distance``: |mᵣ − m| / √v, ``var_distance``: |vᵣ/v − 1|, of each rank;
     - ``noise``: standard error of the mean of one rank's batch, in parts of √v. It is
-      ``effective_size``^(−1/2), where nᵣ/deff is how many independent values the batch is worth,
-      and deff is the mean square between halves of batches over v, Kish's design effect (1965).
+      ``effective_size ** (-1 / 2)``, where nᵣ/deff is how many independent values the batch is
+      worth, and deff is the mean square between halves of batches over v, Kish's design effect
+      (1965).
 
     Args:
         model: the outermost module that is called in training: a DistributedDataParallel, or what
