@@ -79,11 +79,19 @@ ROOMS = {
     ),
     "batches": ({"nested"}, {"empty", "scatter", "transfer"}, {"uneven"}),
     "models": (
-        {"graphs", "names", "quantisation", "registry", "replicate"},
-        {"data_parallel", "freezing", "masking"},
-        {"measuring"},
+        {"becoming", "graphs", "names", "quantisation", "registry", "replicate"},
+        {"data_parallel", "freezing", "masking", "plan"},
+        {"measuring", "revert", "words"},
         {"accumulating"},
         {"convert"},
+    ),
+    "models/known": (
+        {"fronts", "rules"},
+        {
+            *("apex", "detectron2", "inplace_abn", "openmmlab", "sparse", "spikingjelly"),
+            *("timm", "torch_geometric", "torchvision"),
+        },
+        {"table"},
     ),
 }
 # torch's name for convert() is a classmethod of the layer: it calls upwards, when called.
