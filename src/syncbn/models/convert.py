@@ -22,6 +22,7 @@ from .graphs import compiled_batch_norms
 from .names import described, names_of_modules
 from .quantisation import without_observers
 from .registry import Origin, default_origin, is_candidate, target_of
+from .replaced import watch_replacements
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 _CONTEXTS = "_mask_sources", "_accumulator"  # what contexts around a layer set
@@ -100,6 +101,7 @@ def convert_layers(
 ) -> ModuleT:
     """:func:`convert`, with warnings for the caller ``stacklevel`` frames above."""
     _check_module("convert", module)
+    watch_replacements()
     if where is not None and not callable(where):
         raise TypeError(
             "convert: expected where to be a function of a layer's name and the layer, got "
