@@ -26,7 +26,7 @@ FLOORS = (
     {"models"},
     {"launch"},
     {"diagnose"},
-    {"demo"},
+    {"demo", "integrations"},
     {"info"},
     {"cli"},
     {"__main__"},
@@ -79,7 +79,7 @@ ROOMS = {
     ),
     "batches": ({"nested"}, {"empty", "scatter", "transfer"}, {"uneven"}),
     "models": (
-        {"becoming", "graphs", "names", "quantisation", "registry", "replicate"},
+        {"becoming", "graphs", "names", "quantisation", "registry", "replaced", "replicate"},
         {"data_parallel", "freezing", "masking", "plan"},
         {"measuring", "revert", "words"},
         {"accumulating"},
