@@ -191,7 +191,7 @@ format: $(READY)
 	$(BIN)/clang-format -i $(CXX_FILES)
 
 bench-toy: $(READY)
-	$(BIN)/python benchmarks/layer.py --shape 2,8,6,6 --rounds 5
+	$(BIN)/syncbn bench --shape 2,8,6,6 --rounds 5
 	$(BIN)/python benchmarks/collectives.py --ranks 2 --rounds 5
 	$(BIN)/python benchmarks/cpu.py --quick
 	$(BIN)/python benchmarks/cpu.py ranks --quick

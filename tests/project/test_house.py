@@ -17,7 +17,8 @@ SOURCE = Path(syncbn.__file__).parent
 CSRC = ROOT / "csrc"
 # From the ground up. A room imports from rooms on floors below its own, never from its own floor.
 FLOORS = (
-    {"_interrupts", "_version", "library", "tensors"},
+    {"_interrupts", "_version", "library", "pictures", "tensors"},
+    {"versions"},
     {"numerics"},
     {"comm", "kernels"},
     {"step"},
@@ -76,6 +77,14 @@ ROOMS = {
         {"report"},
         {"page", "supervise"},
         {"command", "run"},
+    ),
+    "diagnose/bench": (
+        {"naive", "options", "timing"},
+        {"finding", "measure"},
+        {"figures"},
+        {"report"},
+        {"picture", "run"},
+        {"command"},
     ),
     "batches": ({"nested"}, {"empty", "scatter", "transfer"}, {"uneven"}),
     "models": (
