@@ -127,8 +127,7 @@ test-wheel: $(READY)
 	  tests/kernels/test_native.py tests/kernels/test_kernels.py \
 	  tests/step/test_exact.py tests/layers/test_modules.py
 
-# Which lines no test reaches; what ranks run counts. A full run fails below pyproject's threshold;
-# make coverage TESTS=tests/step, a part of the tests, has none.
+# Which lines no test reaches, of all files or of make coverage TESTS=tests/step; what ranks run counts.
 coverage: $(READY)
 	rm -rf build/coverage
 	mkdir -p build/coverage
