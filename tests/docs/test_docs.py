@@ -20,7 +20,8 @@ from support.mpijob import missing
 from support.paths import ROOT
 from support.processes import forked_launches
 from support.scripts import execute, run_script
-from syncbn.diagnose.check.command import add_options
+from syncbn.diagnose.bench.command import add_options as bench_options
+from syncbn.diagnose.check.command import add_options as check_options
 
 PAGES = [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")]
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```", re.MULTILINE | re.DOTALL)
@@ -51,10 +52,13 @@ MAKEFILE = (ROOT / "Makefile").read_text()
 EXTRAS = re.findall(r"^(\S+) = \[", (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
 
 
-def fits_check(words: list[str]) -> bool:
-    """Whether syncbn check takes these arguments."""
+OPTIONS = {"check": check_options, "bench": bench_options}
+
+
+def fits(command: str, words: list[str]) -> bool:
+    """Whether that command of syncbn takes these arguments."""
     parser = argparse.ArgumentParser(exit_on_error=False)
-    add_options(parser, lambda least: int)
+    OPTIONS[command](parser, lambda least: int)
     parser.add_argument("--json", action="store_true")
     try:
         parser.parse_args(words)
@@ -75,10 +79,10 @@ def unknown_in(line: str) -> str | None:
         missing = [extra for extra in extras if extra not in EXTRAS]
         missing += [line] if words[:1] != ["install"] or not packages else []
     elif command == "syncbn":
-        arguments = {"demo": 0, "check": 1, "info": 0, "trace": 1}
+        arguments = {"demo": 0, "check": 1, "bench": 0, "info": 0, "trace": 1}
         missing = [word for word in words[:1] if word not in arguments]
-        if words[:1] == ["check"] and fits_check(words[1:]):
-            words = words[:2]
+        if words and words[0] in OPTIONS and fits(words[0], words[1:]):
+            words = words[: 1 + arguments[words[0]]]
         missing = missing or words[1 + arguments.get("".join(words[:1]), 0) :]
     elif command in ("torchrun", "mpiexec", "python"):
         missing = [script for script in scripts if not (ROOT / script).exists()]
@@ -101,6 +105,7 @@ def test_commands_of_shell_blocks_exist(text):
         *("make nonsense", "pip install", "pip install 'syncbn[nonsense]'", "syncbn nonsense"),
         *("syncbn info nonsense", "syncbn trace folder nonsense"),
         *("syncbn check a:b --nonsense", "syncbn check a:b --ranks two", "syncbn check a:b c:d"),
+        *("syncbn bench --nonsense", "syncbn bench --shape two", "syncbn bench surplus"),
         *("torchrun --standalone examples/nonsense.py", "python", "a sentence about syncbn"),
     ],
 )

@@ -159,7 +159,7 @@ class Monitor:
         """Draw layers × steps, coloured by how far ranks' means are from that of all.
 
         Of one rank, which is not distant from itself, by the noise of its mean. Needs matplotlib,
-        which comes with the extra ``[cli]``.
+        which comes with the extra ``[plot]``.
 
         Args:
             to: the path of a picture, of a type that matplotlib knows; or a TensorBoard writer, or
