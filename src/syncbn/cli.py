@@ -1,9 +1,9 @@
 """The command ``syncbn``, and ``python -m syncbn``: demo, check, bench, info and trace.
 
 Only what the shell needs is here; what the commands do is in syncbn.demo, syncbn.info and
-syncbn.diagnose. info and trace take torch alone; rich, which the others need, scikit-learn and
-matplotlib, which demo needs, and bench for its picture, come with the extra ``[cli]`` and are
-imported when they run.
+syncbn.diagnose. info and trace take torch alone; what check and bench need comes with the extra
+``[cli]``, bench's picture with ``[plot]``, what demo needs with ``[demo]``, and is imported when they
+run.
 """
 
 from __future__ import annotations
@@ -14,10 +14,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
+from . import _interrupts
 from ._version import __version__
 
 _COMMANDS = ("demo", "check", "bench", "info", "trace")
-_EXTRA = {"rich", "sklearn", "matplotlib"}
+_EXTRAS = {"rich": "cli", "matplotlib": "plot", "sklearn": "demo"}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -26,6 +27,7 @@ def main(arguments: list[str] | None = None) -> int:
     0: done. 1: a rank failed, the extra is missing, a file could not be written, the ranks in a
     trace differ, or a checked model's do. 2: wrong usage, in one line. 130: interrupted.
     """
+    _interrupts.raise_again()
     given = sys.argv[1:] if arguments is None else arguments
     command = " ".join(["syncbn", *(name for name in given[:1] if name in _COMMANDS)])
     try:
@@ -38,9 +40,10 @@ def main(arguments: list[str] | None = None) -> int:
         return 130
     except ModuleNotFoundError as error:
         missing = (error.name or "").partition(".")[0]
-        if missing not in _EXTRA:
+        if missing not in _EXTRAS:
             raise
-        _complain("syncbn", f"needs {missing}: pip install 'syncbn[cli]'")
+        extra = "demo" if command == "syncbn demo" else _EXTRAS[missing]
+        _complain("syncbn", f"needs {missing}: pip install 'syncbn[{extra}]'")
         return 1
 
 

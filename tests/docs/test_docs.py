@@ -10,6 +10,7 @@ import re
 import shlex
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -112,19 +113,47 @@ def test_a_command_that_does_not_exist_is_noticed(line):
     assert unknown_in(line) is not None
 
 
-def test_links_between_pages_lead_somewhere():
-    for page in PAGES:
-        for target in re.findall(r"\]\(([^)#]+)", page.read_text()):
-            if not target.startswith("http"):
-                assert (page.parent / target).exists(), f"{page.name}: {target}"
+LINK = re.compile(r"\]\(([^)#\s]*)(?:#([^)\s]+))?\)")
+# Addresses of the project, by which the README finds its pages and pictures from anywhere
+OURS = re.compile(
+    r"https://(?:github\.com/syncbn/syncbn/(?:blob|tree)/main"
+    r"|raw\.githubusercontent\.com/syncbn/syncbn/main|syncbn\.github\.io/syncbn)/(.*)"
+)
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
-def test_links_within_a_page_lead_to_a_heading(page):
-    text = page.read_text()
-    titles = re.findall(r"^#+ (.+)$", BLOCK.sub("", text), re.MULTILINE)
-    anchors = {re.sub(r"[^\w\- ]", "", title).lower().replace(" ", "-") for title in titles}
-    assert set(re.findall(r"\]\(#([^)]+)\)", text)) <= anchors
+def linked(page: Path) -> list[tuple[Path, str]]:
+    """The files of the project that a page links to, each with the anchor in it, or ""."""
+    found = []
+    for target, anchor in LINK.findall(BLOCK.sub("", page.read_text())):
+        if ours := OURS.fullmatch(target):
+            found.append((ROOT / (ours[1] or "docs/index.md"), anchor))
+        elif not target.startswith("http"):
+            found.append((page.parent / target if target else page, anchor))
+    return found
+
+
+def anchors(page: Path) -> set[str]:
+    """As GitHub and the site make them of headings."""
+    titles = re.findall(r"^#+ (.+)$", BLOCK.sub("", page.read_text()), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title).lower().replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_to_files_and_headings(page):
+    for target, anchor in linked(page):
+        assert target.exists(), target
+        assert not anchor or anchor in anchors(target), f"{target}#{anchor}"
+
+
+def test_the_readme_stands_alone():
+    """On a package's index there is no other file: every link and picture is absolute."""
+    text = (ROOT / "README.md").read_text()
+    assert len(text.splitlines()) < 150
+    targets = {target for target, _ in LINK.findall(text)}
+    assert all(target.startswith("https://") for target in targets)
+    assert len(linked(ROOT / "README.md")) > 20
+    for outside in sorted(targets):
+        assert OURS.fullmatch(outside), f"{outside}: say in a page, not in the README"
 
 
 MODULES = [

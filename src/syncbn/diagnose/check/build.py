@@ -21,7 +21,8 @@ from torch.nn.parameter import is_lazy
 from ...batches.nested import indivisible, leaves, mapped, tensors
 from ...comm import LOCAL
 from ...layers.modules import SyncBatchNorm
-from ...models.convert import convert, revert
+from ...models.convert import convert
+from ...models.revert import revert
 from ...tensors.recomputation import recomputing
 from .options import DTYPES, Named, Task, Unusable, spoken
 

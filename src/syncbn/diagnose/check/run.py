@@ -53,7 +53,7 @@ def check(
         on_progress: called with what is being done, how many steps are done and how many there are.
 
     Returns:
-        A report: ``.ok``, ``.first`` (a layer's name or None), ``.rows``, ``.causes``,
+        A report with ``.ok``, ``.first`` (a layer's name or None), ``.rows``, ``.causes``,
         ``.as_json()``; ``str()`` of it is a table.
 
     Raises:

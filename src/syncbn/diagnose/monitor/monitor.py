@@ -39,8 +39,9 @@ class Monitor:
 
     - ``mean_distance``: |mᵣ − m| / √v, ``var_distance``: |vᵣ/v − 1|, of each rank;
     - ``noise``: standard error of the mean of one rank's batch, in parts of √v. It is
-      ``effective_size``^(−1/2), where nᵣ/deff is how many independent values the batch is worth,
-      and deff is the mean square between halves of batches over v, Kish's design effect (1965).
+      ``effective_size ** (-1 / 2)``, where nᵣ/deff is how many independent values the batch is
+      worth, and deff is the mean square between halves of batches over v, Kish's design effect
+      (1965).
 
     Args:
         model: the outermost module that is called in training: a DistributedDataParallel, or what
@@ -158,7 +159,7 @@ class Monitor:
         """Draw layers × steps, coloured by how far ranks' means are from that of all.
 
         Of one rank, which is not distant from itself, by the noise of its mean. Needs matplotlib,
-        which comes with the extra ``[cli]``.
+        which comes with the extra ``[plot]``.
 
         Args:
             to: the path of a picture, of a type that matplotlib knows; or a TensorBoard writer, or
