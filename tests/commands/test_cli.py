@@ -26,7 +26,7 @@ from syncbn.demo import train
 from syncbn.kernels import native
 
 NO_PLOT = ["--no-plot"]
-COMMANDS = ("demo", "check", "info", "trace")
+COMMANDS = ("demo", "check", "bench", "info", "trace")
 
 
 def test_demo_prints_a_table_and_writes_a_picture(
