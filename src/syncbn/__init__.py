@@ -15,6 +15,7 @@ Importing starts nothing.
 
 import sys as _sys
 
+from . import _interrupts as _interrupts  # before torch
 from . import comm, kernels
 from ._version import __version__
 from .batches.uneven import until_all_done

@@ -17,7 +17,8 @@ SOURCE = Path(syncbn.__file__).parent
 CSRC = ROOT / "csrc"
 # From the ground up. A room imports from rooms on floors below its own, never from its own floor.
 FLOORS = (
-    {"_version", "library", "tensors"},
+    {"_interrupts", "_version", "library", "pictures", "tensors"},
+    {"versions"},
     {"numerics"},
     {"comm", "kernels"},
     {"step"},
@@ -26,7 +27,7 @@ FLOORS = (
     {"models"},
     {"launch"},
     {"diagnose"},
-    {"demo"},
+    {"demo", "integrations"},
     {"info"},
     {"cli"},
     {"__main__"},
@@ -46,9 +47,10 @@ ROOMS = {
         {"layout", "steps"},
     ),
     "step": (
+        {"nested"},
         {"checks", "collectives", "identity", "masked", "mode"},
         {"accumulation"},
-        {"derivatives", "records", "speaker", "tracking"},
+        {"derivatives", "profiling", "records", "speaker", "tracking"},
         {"as_torch", "exchange", "transformed"},
         {"function"},
         {"dtensors", "fused", "replicas"},
@@ -77,9 +79,17 @@ ROOMS = {
         {"page", "supervise"},
         {"command", "run"},
     ),
+    "diagnose/bench": (
+        {"naive", "options", "timing"},
+        {"finding", "measure"},
+        {"figures"},
+        {"report"},
+        {"picture", "run"},
+        {"command"},
+    ),
     "batches": ({"nested"}, {"empty", "scatter", "transfer"}, {"uneven"}),
     "models": (
-        {"becoming", "graphs", "names", "quantisation", "registry", "replicate"},
+        {"becoming", "graphs", "names", "quantisation", "registry", "replaced", "replicate"},
         {"data_parallel", "freezing", "masking", "plan"},
         {"measuring", "revert", "words"},
         {"accumulating"},

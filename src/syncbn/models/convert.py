@@ -18,6 +18,7 @@ from .becoming import become
 from .data_parallel import DataParallel
 from .names import check_module, check_where
 from .plan import Change, survey
+from .replaced import watch_replacements
 from .words import warn
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
@@ -82,7 +83,9 @@ def convert(
             f"{group_size}); leave one out"
         )
     return convert_layers(
-        *(module, process_group, where),
+        module,
+        process_group,
+        where,
         group_size=group_size,
         reproducible=reproducible,
         skip_nonfinite=skip_nonfinite,
@@ -103,6 +106,7 @@ def convert_layers(
     """:func:`convert`, with warnings for the caller ``stacklevel`` frames above."""
     check_module("convert", module)
     check_where("convert", where)
+    watch_replacements()
     if group_size is not None:
         process_group = subgroups(group_size)
     resolve(process_group)
