@@ -5,7 +5,7 @@ READY := .venv/.ready
 
 WHEEL := build/wheel
 
-.PHONY: setup demo test test-all test-composite test-kernels test-native test-compilers test-aarch64 test-wheel coverage mutants hostile hostile-sanitized lint format bench-toy gpu-check clean
+.PHONY: setup demo test test-all test-composite test-kernels test-native test-compilers test-aarch64 test-wheel test-frameworks coverage mutants hostile hostile-sanitized lint format bench-toy gpu-check clean
 
 setup: $(READY)
 
@@ -126,6 +126,13 @@ test-wheel: $(READY)
 	SYNCBN_KERNELS=native $(WHEEL)/env/bin/python $(PYTEST) tests/project/test_house.py \
 	  tests/kernels/test_native.py tests/kernels/test_kernels.py \
 	  tests/step/test_exact.py tests/layers/test_modules.py
+
+# Beside the frameworks themselves, which come into .venv. mmengine and timm come without what they
+# ask for: a window system's OpenCV, and torchvision of another torch.
+test-frameworks: $(READY)
+	$(BIN)/python $(INSTALL) --no-build-isolation 'syncbn[frameworks]'
+	$(BIN)/python $(INSTALL) --no-deps 'mmengine>=0.10.7,<0.11' 'timm>=1.0.15,<2'
+	$(BIN)/python $(PYTEST) tests/frameworks tests/docs/test_docs.py -k frameworks
 
 # Which lines no test reaches, of all files or of make coverage TESTS=tests/step; what ranks run counts.
 coverage: $(READY)
