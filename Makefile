@@ -5,7 +5,7 @@ DEMO_READY := .venv/.demo-ready
 READY := .venv/.ready
 
 .PHONY: setup demo sdist wheel clean changelog format lint lint-workflows
-.PHONY: test test-all test-composite test-kernels test-native test-compilers test-aarch64 test-wheel
+.PHONY: test test-all test-composite test-kernels test-native test-compilers test-aarch64 test-wheel test-frameworks
 .PHONY: coverage mutants hostile hostile-sanitized bench-toy gpu-check
 
 setup: $(READY)
@@ -149,6 +149,13 @@ wheel: sdist
 	  tests/step/test_exact.py tests/layers/test_modules.py
 
 test-wheel: wheel
+
+# Beside the frameworks themselves, which come into .venv. mmengine and timm come without what they
+# ask for: a window system's OpenCV, and torchvision of another torch.
+test-frameworks: $(READY)
+	$(BIN)/python $(INSTALL) --no-build-isolation 'syncbn[frameworks]'
+	$(BIN)/python $(INSTALL) --no-deps 'mmengine>=0.10.7,<0.11' 'timm>=1.0.15,<2'
+	$(BIN)/python $(PYTEST) tests/frameworks tests/docs/test_docs.py -k frameworks
 
 # Which lines no test reaches; what ranks run counts. A full run fails below pyproject's threshold;
 # make coverage TESTS=tests/step, a part of the tests, has none.
