@@ -41,6 +41,8 @@ def test_python_blocks_run(text, tmp_path):
         pytest.skip(missing())
     if "torch.onnx." in text:
         pytest.importorskip("onnxscript", reason="needs the extra [export-test]")
+    if "ptflops" in text:
+        pytest.importorskip("ptflops", reason="needs the extra [frameworks]")
     script = tmp_path / "block.py"
     script.write_text(text)
     run_script(script, ranks=2 if "init_process_group(" in text else 1)
