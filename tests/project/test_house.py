@@ -17,7 +17,8 @@ SOURCE = Path(syncbn.__file__).parent
 CSRC = ROOT / "csrc"
 # From the ground up. A room imports from rooms on floors below its own, never from its own floor.
 FLOORS = (
-    {"_version", "library", "tensors"},
+    {"_interrupts", "_version", "library", "pictures", "tensors"},
+    {"versions"},
     {"numerics"},
     {"comm", "kernels"},
     {"step"},
@@ -26,7 +27,7 @@ FLOORS = (
     {"models"},
     {"launch"},
     {"diagnose"},
-    {"demo"},
+    {"demo", "integrations"},
     {"info"},
     {"cli"},
     {"__main__"},
@@ -78,13 +79,29 @@ ROOMS = {
         {"page", "supervise"},
         {"command", "run"},
     ),
+    "diagnose/bench": (
+        {"naive", "options", "timing"},
+        {"finding", "measure"},
+        {"figures"},
+        {"report"},
+        {"picture", "run"},
+        {"command"},
+    ),
     "batches": ({"nested"}, {"empty", "scatter", "transfer"}, {"uneven"}),
     "models": (
-        {"graphs", "names", "quantisation", "registry", "replicate"},
-        {"data_parallel", "freezing", "masking"},
-        {"measuring"},
+        {"becoming", "graphs", "names", "quantisation", "registry", "replaced", "replicate"},
+        {"data_parallel", "freezing", "masking", "plan"},
+        {"measuring", "revert", "words"},
         {"accumulating"},
         {"convert"},
+    ),
+    "models/known": (
+        {"fronts", "rules"},
+        {
+            *("apex", "detectron2", "inplace_abn", "openmmlab", "sparse", "spikingjelly"),
+            *("timm", "torch_geometric", "torchvision"),
+        },
+        {"table"},
     ),
 }
 # torch's name for convert() is a classmethod of the layer: it calls upwards, when called.

@@ -22,7 +22,7 @@ from ..step.tracking import skips_nonfinite
 from ..tensors.recomputation import recomputing
 from ..tensors.storages import is_dtensor
 from .freezing import is_frozen
-from .registry import is_candidate
+from .registry import is_candidate, normalised_by
 
 
 def layers_with_statistics(model: nn.Module, frozen: bool = False) -> dict[str, Any]:
@@ -106,7 +106,7 @@ class _Hook:
         copied = layer is not self.own and not getattr(layer, "_is_replica", False)
         if copied or not layer.training or recomputing():
             return
-        x: Any = args[0] if args else kwargs.get("input")
+        x: Any = normalised_by(layer, args[0] if args else kwargs.get("input"))
         if is_dtensor(x):
             raise TypeError(
                 f"{self.operation}: expected plain tensors as input of layer {self.name!r}, got a "

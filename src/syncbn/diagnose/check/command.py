@@ -50,8 +50,8 @@ def _shape(text: str) -> tuple[int, ...]:
     return tuple(map(int, parts))
 
 
-def run(*, as_json: bool, html: Path | None, traceback: bool, **options: Any) -> int:
-    """Check, print, write; the exit status. traceback: see ``Unusable.trace``."""
+def run(*, as_json: bool, html: Path | None, **options: Any) -> int:
+    """Check, print, write; the exit status."""
     from .progress import bar
     from .supervise import supervised
 

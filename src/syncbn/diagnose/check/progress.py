@@ -10,16 +10,23 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 
 @contextmanager
-def bar() -> Iterator[Callable[[str, int, int], None]]:
-    """Shows it while open; yields what :func:`syncbn.check` calls on progress."""
+def bar(
+    unit: str = "steps", *, everywhere: bool = True
+) -> Iterator[Callable[[str, int, int], None]]:
+    """Shows it while open; yields what :func:`syncbn.check` calls on progress.
+
+    everywhere: also where standard error is no terminal, once it ends.
+    """
+    console = Console(stderr=True)
     shown = Progress(
         TextColumn("{task.description:26}"),
         BarColumn(bar_width=24),
         MofNCompleteColumn(),
-        TextColumn("steps"),
+        TextColumn(unit),
         TimeElapsedColumn(),
-        console=Console(stderr=True),
+        console=console,
         refresh_per_second=5,
+        disable=not (everywhere or console.is_terminal),
     )
     task = shown.add_task("starting", total=None)
 
