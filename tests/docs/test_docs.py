@@ -169,10 +169,7 @@ MODULES = [
         module.name
         for module in pkgutil.walk_packages(syncbn.__path__, "syncbn.")
         if not module.name.startswith(
-            (
-                *("syncbn.cli", "syncbn.demo", "syncbn.lib", "syncbn.kernels.triton."),
-                "syncbn.diagnose.check.progress",
-            )
+            ("syncbn.cli", "syncbn.demo", "syncbn.lib", "syncbn.kernels.triton.")
         )
     ),
 ]
