@@ -29,7 +29,15 @@ BLOCK = re.compile(r"^```(\w+)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
 
 # Packages of the extra [frameworks]: blocks that import one are skipped where it is missing.
-FRAMEWORKS = "accelerate", "deepspeed", "lightning", "mmengine", "monai", "pytorch_lightning"
+FRAMEWORKS = (
+    "accelerate",
+    "deepspeed",
+    "lightning",
+    "mmengine",
+    "monai",
+    "ptflops",
+    "pytorch_lightning",
+)
 
 
 def folders(page: Path) -> tuple[str, ...]:
@@ -183,7 +191,6 @@ MODULES = [
             (
                 *("syncbn.cli", "syncbn.demo", "syncbn.lib", "syncbn.kernels.triton."),
                 "syncbn.integrations.",  # shown in tests/frameworks, beside their packages
-                "syncbn.diagnose.check.progress",
             )
         )
     ),
