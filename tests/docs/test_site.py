@@ -110,6 +110,12 @@ def test_every_public_name_has_an_entry():
     assert sorted(names - inventory()) == []
 
 
+@pytest.mark.parametrize("page", PAGES)
+def test_no_markup_is_left_over(page):
+    text = re.sub(r"<pre.*?</pre>", "", page.read_text(), flags=re.DOTALL)
+    assert not re.findall(r".{0,40}(?:``|\]\(|:\w+:`).{0,40}", text)
+
+
 def test_every_page_has_its_place_and_its_text():
     sources = [*(ROOT / "docs").rglob("*.md")]
     assert sources
