@@ -215,7 +215,7 @@ bench-toy: $(READY)
 gpu-check:
 	PYTHONPATH=src $(if $(wildcard $(READY)),$(BIN)/python,$(PYTHON)) benchmarks/gpu_check.py $(if $(REHEARSE),--rehearse)
 
-# The site, into site/: any warning fails it. Nothing is fetched but, once, the extra [docs].
+# The site, into site/, anew: any warning fails it. Nothing is fetched but, once, the extra [docs].
 .PHONY: docs
 DOCS_READY := .venv/.docs-ready
 
@@ -224,7 +224,7 @@ $(DOCS_READY): $(READY)
 	touch $@
 
 docs: $(DOCS_READY)
-	$(BIN)/python -m sphinx -q -W --keep-going -n docs site
+	$(BIN)/python -m sphinx -q -W --keep-going -n -E docs site
 
 clean:
 	rm -rf .venv build dist site src/*.egg-info src/syncbn/*.so src/syncbn/libsyncbn.txt .pytest_cache .mypy_cache .ruff_cache .hypothesis
