@@ -88,11 +88,11 @@ def links_to_the_repository(app, name, source):
 
 
 def plain_characters(app, what, name, obj, options, lines):
-    """Docstrings write (N, *) and |x| as mathematics does; to reStructuredText they are markup."""
+    """Docstrings write (N, *) and |x| as mathematics does, and pages as files: not as markup."""
     for number, line in enumerate(lines):
         parts = re.split(r"(``.*?``|:\w+:`.*?`)", line)
         parts[::2] = [re.sub(r"\*(?=\))|\|", r"\\\g<0>", part) for part in parts[::2]]
-        lines[number] = "".join(parts)
+        lines[number] = re.sub(r"\bdocs/([\w/]+)\.md", r":doc:`/\1`", "".join(parts))
 
 
 def inline_mathematics(self, node):

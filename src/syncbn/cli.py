@@ -2,8 +2,8 @@
 
 Only what the shell needs is here; what the commands do is in syncbn.demo, syncbn.info and
 syncbn.diagnose. info and trace take torch alone; what check and bench need comes with the extra
-``[cli]``, bench's picture with ``[plot]``, what demo needs with ``[demo]``, and is imported when they
-run.
+``[cli]``, bench's picture with ``[plot]``, what demo needs with ``[demo]``, and is imported when
+they run.
 """
 
 from __future__ import annotations

@@ -69,7 +69,9 @@ def fits(command: str, words: list[str]) -> bool:
 
 def unknown_in(line: str) -> str | None:
     """What this line of a shell block names that isn't here; the line itself if it runs nothing."""
-    command, *words = shlex.split(line.replace("python -m syncbn", "syncbn"), comments=True) or [""]
+    for long, short in (("python -m syncbn", "syncbn"), ("uv pip", "pip")):
+        line = line.replace(long, short)
+    command, *words = shlex.split(line, comments=True) or [""]
     scripts = [word for word in words if word.endswith(".py")]
     if command == "make":
         missing = [word for word in words if not re.search(rf"^{word}:", MAKEFILE, re.MULTILINE)]
@@ -78,6 +80,8 @@ def unknown_in(line: str) -> str | None:
         extras = [extra for word in packages for extra in re.findall(r"\[(\w+)\]", word)]
         missing = [extra for extra in extras if extra not in EXTRAS]
         missing += [line] if words[:1] != ["install"] or not packages else []
+    elif command == "git":
+        missing = [line] if words != ["clone", "https://github.com/syncbn/syncbn"] else []
     elif command == "syncbn":
         arguments = {"demo": 0, "check": 1, "bench": 0, "info": 0, "trace": 1}
         missing = [word for word in words[:1] if word not in arguments]
@@ -103,6 +107,7 @@ def test_commands_of_shell_blocks_exist(text):
     "line",
     [
         *("make nonsense", "pip install", "pip install 'syncbn[nonsense]'", "syncbn nonsense"),
+        *("uv pip install '.[nonsense]'", "git pull"),
         *("syncbn info nonsense", "syncbn trace folder nonsense"),
         *("syncbn check a:b --nonsense", "syncbn check a:b --ranks two", "syncbn check a:b c:d"),
         *("syncbn bench --nonsense", "syncbn bench --shape two", "syncbn bench surplus"),

@@ -1,4 +1,7 @@
-"""The built site (make docs): every public name, no dead link, nothing from elsewhere."""
+"""The built site (make docs): every public name, no dead link, nothing from elsewhere.
+
+Links to other sites are not followed: ``python tests/docs/test_site.py`` lists them.
+"""
 
 from __future__ import annotations
 
@@ -117,3 +120,8 @@ def test_every_page_has_its_place_and_its_text():
 
 def test_formulas_are_mathml():
     assert "<math" in (SITE / "how-it-works.html").read_text()
+
+
+if __name__ == "__main__":
+    outside = {link for page in SITE.rglob("*.html") for link in read(page).links}
+    print(*sorted(link for link in outside if urlsplit(link).netloc), sep="\n")

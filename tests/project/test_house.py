@@ -47,9 +47,10 @@ ROOMS = {
         {"layout", "steps"},
     ),
     "step": (
+        {"nested"},
         {"checks", "collectives", "identity", "masked", "mode"},
         {"accumulation"},
-        {"derivatives", "records", "speaker", "tracking"},
+        {"derivatives", "profiling", "records", "speaker", "tracking"},
         {"as_torch", "exchange", "transformed"},
         {"function"},
         {"dtensors", "fused", "replicas"},

@@ -113,7 +113,8 @@ def test_a_failed_build_removes_what_an_earlier_one_left(copy):
     environment = os.environ | {"CC": "no-such-compiler", "CXX": "no-such-compiler"}
     subprocess.run(command, timeout=300, cwd=copy, env=environment, check=True)
     assert not library.exists()
-    assert "no-such-compiler" in library.with_suffix(".txt").read_text()
+    why_not = library.with_suffix(".txt").read_text()
+    assert why_not == f"the compiler no-such-compiler is missing\n{COMMAND[:-1]}-e .\n"
 
 
 HIDING = """
@@ -219,7 +220,9 @@ def test_the_command_that_builds_the_library(setup, monkeypatch, tmp_path, uv, f
         monkeypatch.setenv("UV", "/bin/uv")
     if from_index:
         (tmp_path / "PKG-INFO").touch()
-    assert setup.command_to_build() == command
+    assert setup.command_to_build(editable=False) == command
+    if not from_index:
+        assert setup.command_to_build(editable=True) == command.replace(" .", " -e .")
 
 
 def numbers(version: str) -> tuple[int, ...]:

@@ -74,8 +74,8 @@ def recalibrate(
         ValueError: lazy layers without input; on every rank alike, layers that differ between
             ranks, or no batch on any rank.
         ImportError: ``progress`` without rich.
-        Whatever the model or ``batches`` raises; the other ranks then get an error that names this
-        rank.
+        Exception: whatever the model or ``batches`` raises; the other ranks then get an error that
+            names this rank.
 
     Source: "precise BatchNorm", Wu & Johnson 2021, https://arxiv.org/abs/2105.07576;
     https://docs.pytorch.org/docs/stable/generated/torch.optim.swa_utils.update_bn.html

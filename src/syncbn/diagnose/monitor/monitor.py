@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 class Monitor:
     """Watches the batch norms of a model in training: would each rank's own statistics do?
 
-    In the first forward in training, and then in every ``every``th, it measures what each batch
+    In the first forward in training, and then in one of ``every``, it measures what each batch
     norm gets on this rank (count, mean and sum of squared deviations per channel, of both halves of
     the batch), and at the end of that forward all ranks exchange this in one message. Outputs,
     gradients, running statistics and random numbers are the same bits as without. Layers may be
