@@ -21,10 +21,14 @@ import syncbn
 from support.paths import ROOT
 from syncbn import _version
 
-FOLDERS = ("src", "csrc", "tests", "docs", "examples", "benchmarks")
+FOLDERS = (
+    *("src", "csrc", "tests", "docs", "examples", "benchmarks"),
+    *("changelog.d", ".github", ".ci"),
+)
 FILES = (
     *("setup.py", "pyproject.toml", "MANIFEST.in", "Makefile", "constraints.txt"),
-    *("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "LICENSE"),
+    *("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "LICENSE", "CITATION.cff", "SECURITY.md"),
+    *(".clang-format", ".pre-commit-config.yaml", ".gitignore"),
 )
 BUILT = ("*.so", "*.o", "__pycache__", "*.egg-info", "libsyncbn.txt", "_build")
 
@@ -263,7 +267,7 @@ def test_the_source_distribution_is_complete(tmp_path):
     copied = {
         path.relative_to(tmp_path).as_posix()
         for folder in FOLDERS
-        for path in (tmp_path / folder).rglob("*.*")
+        for path in (tmp_path / folder).rglob("*")
         if path.is_file() and ".egg-info" not in path.as_posix()
     }
     assert {"csrc/torch/register.cpp", "tests/support/ranks.py", "docs/demo.png"} <= copied
