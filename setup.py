@@ -217,7 +217,12 @@ def version() -> dict[str, object]:
     """From the tag and the commits since; from the file where nothing tells them."""
     written = Path("src/syncbn/_version.py").read_text()
     last_resort = re.search(r'^UNINSTALLED = "(.+)"', written, re.MULTILINE).group(1)
-    if importlib.util.find_spec("setuptools_scm") is None:  # without build isolation
+    archive = Path(".git_archival.txt")
+    untagged = archive.exists() and re.search(
+        "^describe-name: *$", archive.read_text(), re.MULTILINE
+    )
+    # Not there without build isolation; and of an archive before the first tag it makes 0.0.
+    if untagged or importlib.util.find_spec("setuptools_scm") is None:
         return {"version": last_resort}
     return {"use_scm_version": {"fallback_version": last_resort}}
 

@@ -21,10 +21,14 @@ import syncbn
 from support.paths import ROOT
 from syncbn import _version
 
-FOLDERS = ("src", "csrc", "tests", "docs", "examples", "benchmarks")
+FOLDERS = (
+    *("src", "csrc", "tests", "docs", "examples", "benchmarks"),
+    *("changelog.d", ".github", ".ci"),
+)
 FILES = (
     *("setup.py", "pyproject.toml", "MANIFEST.in", "Makefile", "constraints.txt"),
-    *("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "LICENSE"),
+    *("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "LICENSE", "CITATION.cff", "SECURITY.md"),
+    *(".clang-format", ".pre-commit-config.yaml", ".gitignore"),
 )
 BUILT = ("*.so", "*.o", "__pycache__", "*.egg-info", "libsyncbn.txt", "_build")
 
@@ -230,14 +234,22 @@ def numbers(version: str) -> tuple[int, ...]:
     return tuple(map(int, re.match(r"\d+\.\d+\.\d+", version).group().split(".")))
 
 
-def test_the_version_without_tags_is_later_than_every_release(setup, monkeypatch):
+def test_the_version_without_tags_is_later_than_every_release(setup, monkeypatch, copy):
     released = re.findall(r"^## \[?(\d[\w.]*)", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
     assert all(numbers(_version.UNINSTALLED) > numbers(each) for each in ["0.1.0", *released])
-    monkeypatch.chdir(ROOT)
+    monkeypatch.chdir(copy)
     monkeypatch.setattr(setup.importlib.util, "find_spec", lambda name: None)
     assert setup.version() == {"version": _version.UNINSTALLED}
     monkeypatch.setattr(setup.importlib.util, "find_spec", lambda name: name)
-    assert setup.version() == {"use_scm_version": {"fallback_version": _version.UNINSTALLED}}
+    from_git = {"use_scm_version": {"fallback_version": _version.UNINSTALLED}}
+    archive = copy / ".git_archival.txt"
+    for described, version in (
+        ("$Format:%(describe:tags=true)$", from_git),
+        ("v0.3.0", from_git),
+        ("", {"version": _version.UNINSTALLED}),
+    ):
+        archive.write_text(f"node: 1a2b3c4\ndescribe-name: {described}\n")
+        assert setup.version() == version
 
 
 def test_sources_that_were_never_installed_have_a_version(tmp_path):
@@ -263,7 +275,7 @@ def test_the_source_distribution_is_complete(tmp_path):
     copied = {
         path.relative_to(tmp_path).as_posix()
         for folder in FOLDERS
-        for path in (tmp_path / folder).rglob("*.*")
+        for path in (tmp_path / folder).rglob("*")
         if path.is_file() and ".egg-info" not in path.as_posix()
     }
     assert {"csrc/torch/register.cpp", "tests/support/ranks.py", "docs/demo.png"} <= copied
