@@ -281,6 +281,16 @@ def test_a_predicate_that_chooses_no_layer_is_told():
     assert "3 × torch.nn.modules.batchnorm.BatchNorm2d (1, 2.0, 6)" in text
     assert not any(isinstance(layer, syncbn.SyncBatchNorm) for layer in model.modules())
     assert texts(syncbn.convert, model, where=lambda name, layer: name == "1") == []
+    (text,) = texts(syncbn.convert, nn.BatchNorm2d(3), where=lambda name, layer: False)
+    assert text.startswith("convert: where chose none of the model's 1 batch norm: 1 × torch.nn.")
+
+
+def test_a_monitor_may_choose_no_layer():
+    model = nn.Sequential(nn.BatchNorm2d(3))
+    with syncbn.Monitor(model) as monitor:
+        model(torch.randn(4000, 3, 2, 2))
+    assert texts(syncbn.convert, model, where=monitor.where) == []
+    assert type(model[0]) is nn.BatchNorm2d, "a batch that is large enough"
 
 
 @pytest.mark.parametrize("convert", CONVERSIONS)

@@ -155,6 +155,8 @@ class Monitor:
         known = find_layer(self._layers, name, layer)
         return bool(self.advice()[known.names[0]])
 
+    where.may_choose_none = True  # type: ignore[attr-defined]  # so convert does not warn of it
+
     def plot(self, to: Any) -> None:
         """Draw layers × steps, coloured by how far ranks' means are from that of all.
 
