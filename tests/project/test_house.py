@@ -90,7 +90,7 @@ ROOMS = {
     "batches": ({"nested"}, {"empty", "scatter", "transfer"}, {"uneven"}),
     "models": (
         {"becoming", "graphs", "names", "quantisation", "registry", "replaced", "replicate"},
-        {"data_parallel", "freezing", "masking", "plan"},
+        {"data_parallel", "freezing", "inputs", "masking", "plan"},
         {"measuring", "revert", "words"},
         {"accumulating"},
         {"convert"},

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch import nn
 from torch.nested import nested_tensor_from_jagged as jagged
 
 import syncbn
@@ -222,3 +223,30 @@ def test_other_ranks_are_told(ranks):
 def test_coalesced_values_of_a_sparse_tensor():
     sparse = torch.eye(3)[:, :, None].expand(3, 3, 4).to_sparse(2)
     assert syncbn.SyncBatchNorm1d(4)(sparse.coalesce().values()).shape == (3, 4)
+
+
+class Ragged(nn.Module):
+    """Of a batch of values (V, C) it makes a nested tensor."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = syncbn.SyncBatchNorm1d(3)
+
+    def forward(self, x):
+        half = len(x) // 2
+        return self.norm(transposed(x, torch.tensor([0, half, len(x)]))).values()
+
+
+def test_recalibrate_and_monitor_take_the_values():
+    model, batches = Ragged(), [torch.randn(9, 3), torch.randn(4, 3)]
+    monitor = syncbn.Monitor(model)
+    for x in batches:
+        model(x)
+    figures = syncbn.Monitor(packed := nn.Sequential(syncbn.SyncBatchNorm1d(3)))
+    for x in batches:
+        packed(x)
+    assert str(monitor.table()).replace("norm", "0   ") == str(figures.table())
+    syncbn.recalibrate(model, batches)
+    whole = torch.cat(batches)
+    torch.testing.assert_close(model.norm.running_mean, whole.mean(0))
+    torch.testing.assert_close(model.norm.running_var, whole.var(0))
