@@ -38,6 +38,7 @@ nitpick_ignore_regex = [
 myst_enable_extensions = ["dollarmath", "colon_fence"]
 myst_heading_anchors = 4
 autodoc_member_order = "bysource"
+autodoc_mock_imports = ["lightning"]  # to read the plugin where the framework is not
 autodoc_typehints = "none"  # docstrings have shapes and types, in fewer words
 napoleon_numpy_docstring = False
 napoleon_custom_sections = [

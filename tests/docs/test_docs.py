@@ -10,6 +10,7 @@ import re
 import shlex
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -27,9 +28,26 @@ PAGES = [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")]
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
 
+# Packages of the extra [frameworks]: blocks that import one are skipped where it is missing.
+FRAMEWORKS = (
+    "accelerate",
+    "deepspeed",
+    "lightning",
+    "mmengine",
+    "monai",
+    "ptflops",
+    "pytorch_lightning",
+)
+
+
+def folders(page: Path) -> tuple[str, ...]:
+    """Below docs/: a page's blocks are chosen by them (make test-frameworks)."""
+    return page.relative_to(ROOT).parts[1:-1]
+
+
 def blocks(language: str) -> list:
     return [
-        pytest.param(text, id=f"{page.stem}-{number}")
+        pytest.param(text, id="-".join([*folders(page), page.stem, str(number)]))
         for page in PAGES
         for number, (found, text) in enumerate(BLOCK.findall(page.read_text()), 1)
         if found == language
@@ -43,6 +61,9 @@ def test_python_blocks_run(text, tmp_path):
         pytest.skip(missing())
     if "torch.onnx." in text:
         pytest.importorskip("onnxscript", reason="needs the extra [export-test]")
+    for name in FRAMEWORKS:
+        if re.search(rf"^(import|from) {name}\b", text, re.MULTILINE) and not find_spec(name):
+            pytest.skip(f"needs {name}, of the extra [frameworks]")
     script = tmp_path / "block.py"
     script.write_text(text)
     run_script(script, ranks=2 if "init_process_group(" in text else 1)
@@ -169,7 +190,7 @@ MODULES = [
         if not module.name.startswith(
             (
                 *("syncbn.cli", "syncbn.demo", "syncbn.lib", "syncbn.kernels.triton."),
-                "syncbn.diagnose.check.progress",
+                "syncbn.integrations.",  # shown in tests/frameworks, beside their packages
             )
         )
     ),

@@ -8,6 +8,7 @@ import warnings
 import pytest
 import torch
 from torch import nn
+from torch.distributed.fsdp import fully_shard
 from torch.nn import functional as F
 
 import syncbn
@@ -300,3 +301,30 @@ def test_names_that_pickles_know():
             getattr(syncbn, missing)
     made = [rule.attribute for rule in table._ALL if rule.keeps or rule.front]
     assert len(set(made)) == len(made), "two that pickles cannot tell apart"
+
+
+def test_sharded_layers_convert_and_revert(ranks):
+    """fully_shard puts its class in front of the layer's, before or after convert."""
+
+    def train(rank):
+        torch.manual_seed(rank)
+        x = torch.randn(3, 4, 5, 5)
+        outputs, names = [], []
+        for first in (syncbn.convert, lambda layer: layer):
+            model = nn.Sequential(foreign.BatchNormAct2d(4))
+            first(model)
+            fully_shard(model[0])
+            fully_shard(model)
+            sharded = type(model[0])
+            syncbn.convert(model)
+            names.append(type(model[0]).__name__)
+            outputs.append(model(x))
+            if first is not syncbn.convert:
+                assert type(syncbn.revert(model)[0]) is sharded
+        return x, outputs, names
+
+    (x0, first, names), (x1, second, _) = ranks(2, train)
+    assert names == ["FSDPSyncBatchNormAct2d"] * 2
+    expected = foreign.BatchNormAct2d(4)(torch.cat([x0, x1]))
+    for outputs in zip(first, second, strict=True):
+        torch.testing.assert_close(torch.cat(outputs), expected)

@@ -17,7 +17,7 @@ SOURCE = Path(syncbn.__file__).parent
 CSRC = ROOT / "csrc"
 # From the ground up. A room imports from rooms on floors below its own, never from its own floor.
 FLOORS = (
-    {"_interrupts", "_version", "library", "pictures", "tensors"},
+    {"_interrupts", "_version", "library", "pictures", "progress", "tensors"},
     {"versions"},
     {"numerics"},
     {"comm", "kernels"},
@@ -58,7 +58,7 @@ ROOMS = {
     ),
     "layers": ({"copies", "functional"}, {"modules"}, {"lazy"}),
     "diagnose": (
-        {"agreement", "progress", "traces"},
+        {"agreement", "traces"},
         {"buffers", "desync", "recalibrate"},
     ),
     "diagnose/monitor": (
@@ -69,7 +69,7 @@ ROOMS = {
         {"monitor"},
     ),
     "diagnose/check": (
-        {"capture", "differences", "options", "progress", "words"},
+        {"capture", "differences", "options", "words"},
         {"build", "observe"},
         {"train"},
         {"compare"},

@@ -15,6 +15,7 @@ from types import ModuleType
 
 import pytest
 import torch
+import wheel_contents
 
 import syncbn
 from support.paths import ROOT
@@ -268,3 +269,33 @@ def test_the_source_distribution_is_complete(tmp_path):
     assert {"csrc/torch/register.cpp", "tests/support/ranks.py", "docs/demo.png"} <= copied
     assert copied <= packed
     assert {"PKG-INFO", *FILES} <= packed
+
+
+def wheel(path: Path, files: dict[str, bytes]) -> Path:
+    with zipfile.ZipFile(path, "w") as file:
+        for name, content in files.items():
+            file.writestr(name, content)
+    return path
+
+
+LIBRARY, WHY_NOT = "syncbn/libsyncbn.so", "syncbn/libsyncbn.txt"
+GOOD_NAME = "syncbn-1.0-py3-none-manylinux_2_28_x86_64.whl"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks into ELF")
+@pytest.mark.skipif(shutil.which("readelf") is None, reason="needs binutils")
+def test_what_is_wrong_with_a_wheel_is_found(tmp_path):
+    library = Path(torch._C.__file__).read_bytes()  # it needs what is not of the stable ABI
+    file = wheel(tmp_path / GOOD_NAME, {"syncbn/a.py": b"", LIBRARY: library})
+    found = wheel_contents.faults(file)
+    assert "it needs libtorch_python.so" in found
+    assert any("stable ABI" in fault for fault in found)
+    pure = wheel(tmp_path / "syncbn-1.0-py3-none-any.whl", {WHY_NOT: b"", "tests": b""})
+    assert wheel_contents.faults(pure) == [
+        f"expected a name py3-none-manylinux or py3-none-macosx, got {pure.name}",
+        "syncbn/libsyncbn.txt does not belong here",
+        "tests does not belong here",
+        "syncbn/libsyncbn.so is missing",
+    ]
+    large = wheel(tmp_path / GOOD_NAME, {"syncbn/a.py": os.urandom(3_100_000)})
+    assert wheel_contents.faults(large)[0] == "expected 3 MB at most, got 3.1 MB"

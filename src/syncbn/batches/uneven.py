@@ -60,10 +60,12 @@ def until_all_done(
         ranks must share, take the largest of all ranks'.
 
     Raises:
-        Whatever ``loader`` raises, in its rank; then, in the same step, RuntimeError on the
-        other ranks, which names that rank. TypeError, ValueError: batches of another kind without
-        ``empty`` and ``count``; wrong arguments; on every rank, an empty batch that a rank without
-        any needs and that cannot travel. EmptyBatchError (a RuntimeError): see ``model``.
+        Exception: whatever ``loader`` raises, in its rank; then, in the same step, RuntimeError on
+            the other ranks, which names that rank.
+        TypeError, ValueError: batches of another kind without ``empty`` and ``count``; wrong
+            arguments; on every rank, an empty batch that a rank without any needs and that cannot
+            travel.
+        EmptyBatchError: a RuntimeError, see ``model``.
 
     ``len()`` of a loader that has none is its TypeError.
 

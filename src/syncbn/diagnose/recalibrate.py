@@ -23,8 +23,8 @@ from ..models.measuring import (
     statistics_kept,
 )
 from ..numerics.moments import Moments, merge, unpack
+from ..progress import check_progress, step_bar
 from .agreement import check_alike, check_model, rows_of_all
-from .progress import bar, check_progress
 
 
 def recalibrate(
@@ -102,7 +102,7 @@ def recalibrate(
     if not layers:
         return
     try:
-        with bar("recalibrate", _length(batches), progress and comm.rank == 0) as advance:
+        with step_bar("recalibrate", _length(batches), progress and comm.rank == 0) as advance:
             steps, own = _measured(model, layers, _in_step(model, batches, comm), advance)
     except Exception as error:
         if isinstance(comm, Framed) and comm.size > 1:
