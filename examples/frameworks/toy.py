@@ -39,14 +39,15 @@ def one_process(model: nn.Module) -> dict[str, Tensor]:
     model = copy.deepcopy(model)
     optimizer = torch.optim.SGD(model.parameters(), lr=LEARNING_RATE)
     pixels, labels = images().tensors
+    dtype = next(model.parameters()).dtype
     for batch, wanted in zip(pixels.split(BATCH), labels.split(BATCH), strict=True):
         optimizer.zero_grad()
-        nn.functional.cross_entropy(model(batch), wanted).backward()
+        nn.functional.cross_entropy(model(batch.to(dtype)), wanted).backward()
         optimizer.step()
     return model.state_dict()
 
 
-def verdict(state: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+def verdict(state: dict[str, Tensor], expected: dict[str, Tensor], within: float = 1e-10) -> None:
     """Say on rank 0 whether the ranks have got what one process gets."""
     differences = [
         (state[name].double() - value.double()).abs().max() for name, value in expected.items()
@@ -56,4 +57,6 @@ def verdict(state: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     if ranks > 1:
         dist.all_reduce(worst, dist.ReduceOp.MAX)
     if ranks == 1 or dist.get_rank() == 0:
-        print(f"{ranks} ranks equal one process: {worst.item() < 1e-10} (up to {worst.item():.1g})")
+        print(
+            f"{ranks} ranks equal one process: {worst.item() < within} (up to {worst.item():.1g})"
+        )

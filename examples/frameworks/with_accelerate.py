@@ -16,17 +16,21 @@ import syncbn
 
 def main() -> None:
     accelerator = Accelerator(cpu=True)
-    model = network()
-    expected = one_process(model)
-    model = syncbn.convert(model)  # the switch
-    optimizer = torch.optim.SGD(model.parameters(), lr=LEARNING_RATE)
-    loader = DataLoader(images(), BATCH // accelerator.num_processes)
-    model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
-    for pixels, labels in loader:
-        optimizer.zero_grad()
-        accelerator.backward(nn.functional.cross_entropy(model(pixels), labels))
-        optimizer.step()
-    verdict(accelerator.unwrap_model(model).state_dict(), expected)
+    for before in True, False:
+        model = network()
+        expected = one_process(model)
+        optimizer = torch.optim.SGD(model.parameters(), lr=LEARNING_RATE)
+        loader = DataLoader(images(), BATCH // accelerator.num_processes)
+        if before:
+            syncbn.convert(model)  # the switch, in place
+        model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
+        if not before:
+            syncbn.convert(model)
+        for pixels, labels in loader:
+            optimizer.zero_grad()
+            accelerator.backward(nn.functional.cross_entropy(model(pixels), labels))
+            optimizer.step()
+        verdict(accelerator.unwrap_model(model).state_dict(), expected)
     accelerator.end_training()
 
 

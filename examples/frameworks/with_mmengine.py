@@ -1,4 +1,4 @@
-"""MMEngine: convert the model that the Runner gets; leave its sync_bn out, which is for torch's layers.
+"""MMEngine: convert the model that the Runner gets, and leave out its sync_bn.
 
 torchrun --standalone --nproc-per-node 2 examples/frameworks/with_mmengine.py
 """

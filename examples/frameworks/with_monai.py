@@ -29,9 +29,8 @@ def train(model, volumes, labels) -> None:
 
 def main() -> None:
     dist.init_process_group("gloo")
-    volumes = torch.randn(3, 4, 1, 8, 8, 8, dtype=torch.float64) * torch.arange(1, 5).view(
-        -1, *[1] * 4
-    )
+    volumes = torch.randn(3, 4, 1, 8, 8, 8, dtype=torch.float64)
+    volumes *= torch.arange(1, 5).view(-1, 1, 1, 1, 1)  # ranks' statistics differ
     labels = torch.randint(2, (3, 4, 8, 8, 8))
     dist.broadcast(volumes, 0)
     dist.broadcast(labels, 0)
