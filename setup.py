@@ -83,7 +83,7 @@ def find_torch() -> tuple[Path | None, str]:
     """The folder of a torch to build against; else None, and why."""
     spec = importlib.util.find_spec("torch")
     own = [Path(spec.origin).parent] if spec and spec.origin else []
-    why_not = "torch was not found where syncbn was built"
+    why_not = "torch was found neither by the Python that built syncbn nor in an active environment"
     for home in chain(own, map(torch_of, dict.fromkeys(pythons()))):
         if home is None or not (home / "version.py").exists():
             continue

@@ -139,7 +139,7 @@ def test_without_torch_there_is_a_pure_python_wheel(copy):
     names, tag, said = build(copy, runner.name)
     assert not [name for name in names if name.endswith(".so")]
     assert tag.endswith("-py3-none-any.whl")
-    assert said.count("syncbn: without compiled CPU operators (torch was not found where") == 1
+    assert said.count("syncbn: without compiled CPU operators (torch was found neither by") == 1
 
 
 @pytest.fixture
@@ -197,7 +197,11 @@ def test_a_torch_that_will_do_is_found_behind_others(setup, monkeypatch, tmp_pat
         ([garbage, none, old, bare, good], tmp_path / "good/torch", ""),
         ([none, bare, old], None, "torch 2.9.1+cpu is older than 2.10, the oldest that will do"),
         ([none, bare], None, "torch 2.13.0 came without its headers"),
-        ([none, garbage], None, "torch was not found where syncbn was built"),
+        (
+            [none, garbage],
+            None,
+            "torch was found neither by the Python that built syncbn nor in an active environment",
+        ),
     ):
         monkeypatch.setattr(setup, "pythons", lambda pythons=pythons: pythons)
         assert setup.find_torch() == (home, why_not)
