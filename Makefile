@@ -5,7 +5,7 @@ DEMO_READY := .venv/.demo-ready
 READY := .venv/.ready
 
 .PHONY: setup demo sdist wheel clean changelog format lint lint-workflows
-.PHONY: test test-all test-composite test-kernels test-native test-compilers test-aarch64 test-wheel
+.PHONY: test test-all test-composite test-kernels test-native test-compilers test-aarch64 test-wheel test-frameworks
 .PHONY: coverage mutants hostile hostile-sanitized bench-toy gpu-check
 
 setup: $(READY)
@@ -125,7 +125,9 @@ test-aarch64: $(READY)
 # serves in an environment of its own, without a compiler, the tests that the sources bring.
 BUILD := build/wheel
 FRESH := $(BUILD)/env/bin/python
-REPAIR = $(if $(filter Linux,$(shell uname)),$(BIN)/auditwheel repair --exclude 'libtorch*' --exclude 'libc10*' -w dist,cp -t dist)
+# The C library that the wheel needs goes into its name; torch's libraries are torch's to bring.
+AUDIT := $(BIN)/auditwheel repair --exclude 'libtorch*' --exclude 'libc10*'
+FINISH = $(if $(filter Linux,$(shell uname)),$(AUDIT) -w dist $(BUILD)/*.whl,cp $(BUILD)/*.whl dist/)
 
 sdist: $(READY)
 	rm -f dist/syncbn-*
@@ -137,7 +139,7 @@ wheel: sdist
 	mkdir -p $(BUILD)/source
 	tar -xzf dist/syncbn-*.tar.gz -C $(BUILD)/source --strip-components 1
 	$(BIN)/python -m pip wheel -q --no-deps -w $(BUILD) dist/syncbn-*.tar.gz
-	PATH="$(abspath $(BIN)):$$PATH" $(REPAIR) $(BUILD)/syncbn-*.whl
+	PATH="$(abspath $(BIN)):$$PATH" $(FINISH)
 	$(BIN)/twine check --strict dist/syncbn-*.whl
 	$(BIN)/python tests/project/wheel_contents.py dist/syncbn-*.whl
 	$(PYTHON) -m venv $(BUILD)/env
@@ -147,6 +149,13 @@ wheel: sdist
 	  tests/step/test_exact.py tests/layers/test_modules.py
 
 test-wheel: wheel
+
+# Beside the frameworks themselves, which come into .venv. mmengine and timm come without what they
+# ask for: a window system's OpenCV, and torchvision of another torch.
+test-frameworks: $(READY)
+	$(BIN)/python $(INSTALL) --no-build-isolation 'syncbn[frameworks]'
+	$(BIN)/python $(INSTALL) --no-deps 'mmengine>=0.10.7,<0.11' 'timm>=1.0.15,<2'
+	$(BIN)/python $(PYTEST) tests/frameworks tests/docs/test_docs.py -k frameworks
 
 # Which lines no test reaches; what ranks run counts. A full run fails below pyproject's threshold;
 # make coverage TESTS=tests/step, a part of the tests, has none.
@@ -206,7 +215,7 @@ bench-toy: $(READY)
 gpu-check:
 	PYTHONPATH=src $(if $(wildcard $(READY)),$(BIN)/python,$(PYTHON)) benchmarks/gpu_check.py $(if $(REHEARSE),--rehearse)
 
-# The site, into site/: any warning fails it. Nothing is fetched but, once, the extra [docs].
+# The site, into site/, anew: any warning fails it. Nothing is fetched but, once, the extra [docs].
 .PHONY: docs
 DOCS_READY := .venv/.docs-ready
 
@@ -215,7 +224,7 @@ $(DOCS_READY): $(READY)
 	touch $@
 
 docs: $(DOCS_READY)
-	$(BIN)/python -m sphinx -q -W --keep-going -n docs site
+	$(BIN)/python -m sphinx -q -W --keep-going -n -E docs site
 
 clean:
 	rm -rf .venv build dist site src/*.egg-info src/syncbn/*.so src/syncbn/libsyncbn.txt .pytest_cache .mypy_cache .ruff_cache .hypothesis

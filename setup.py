@@ -10,6 +10,7 @@ else about the package, but for its version, stands in pyproject.toml.
 import importlib.util
 import os
 import re
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -97,20 +98,17 @@ def find_torch() -> tuple[Path | None, str]:
     return None, why_not
 
 
-def command_to_build() -> str:
+def command_to_build(*, editable: bool) -> str:
     """What to type where torch and a compiler are, for an installation that has the library."""
-    from_index = Path("PKG-INFO").exists()
-    if "UV" in os.environ:  # which uv tells builds
-        command, without_wheel = (
-            "uv pip install --reinstall-package syncbn",
-            "--no-binary-package syncbn",
-        )
+    uv = "UV" in os.environ  # which it tells the builds that it starts
+    if uv:
+        command, without_wheel = "uv pip install --reinstall-package syncbn", "--no-binary-package"
     else:
-        command, without_wheel = (
-            "pip install --force-reinstall --no-deps",
-            "--no-cache-dir --no-binary syncbn",
-        )
-    return f"{command} {without_wheel} syncbn" if from_index else f"{command} ."
+        command, without_wheel = "pip install --force-reinstall --no-deps", "--no-binary"
+    if not Path("PKG-INFO").exists():
+        return f"{command} -e ." if editable else f"{command} ."
+    kept = "" if uv else " --no-cache-dir"  # what was built before
+    return f"{command}{kept} {without_wheel} syncbn syncbn"  # from an index
 
 
 def native() -> Extension:
@@ -134,7 +132,7 @@ class BuildLibrary(build_ext):
             try:
                 with stderr_into(said):
                     super().run()
-            except Exception as error:  # whatever a compiler, or the lack of one, may raise
+            except Exception as error:  # whatever a compiler may raise
                 reason = first_error(said) or textwrap.shorten(str(error), 200)
             said.seek(0)
             sys.stderr.write(said.read())
@@ -143,11 +141,12 @@ class BuildLibrary(build_ext):
         why_not = library.with_suffix(".txt")
         why_not.unlink(missing_ok=True)
         if reason:
+            command = command_to_build(editable=bool(inplace))
             print(f"syncbn: without compiled CPU operators ({reason})")
-            print(f"syncbn: to have them: {command_to_build()}")
+            print(f"syncbn: to have them: {command}")
             library.unlink(missing_ok=True)  # of an earlier build: its operators may be others
             library.parent.mkdir(parents=True, exist_ok=True)
-            why_not.write_text(f"{reason}\n{command_to_build()}\n")
+            why_not.write_text(f"{reason}\n{command}\n")
             self.extensions = self.distribution.ext_modules = []
 
     def build_extension(self, ext: Extension) -> None:
@@ -159,6 +158,9 @@ class BuildLibrary(build_ext):
         ext.include_dirs.append(str(home / "include"))
         ext.library_dirs.append(str(home / "lib"))
         compiler, compile_all = self.compiler, self.compiler.compile
+        for program in (compiler.compiler_so_cxx[0], compiler.linker_so_cxx[0]):
+            if shutil.which(program) is None:
+                raise RuntimeError(f"the compiler {program} is missing")
 
         def compile_in_parallel(sources: list[str], **options: object) -> list[str]:
             def compile_one(source: str) -> list[str]:
@@ -215,7 +217,12 @@ def version() -> dict[str, object]:
     """From the tag and the commits since; from the file where nothing tells them."""
     written = Path("src/syncbn/_version.py").read_text()
     last_resort = re.search(r'^UNINSTALLED = "(.+)"', written, re.MULTILINE).group(1)
-    if importlib.util.find_spec("setuptools_scm") is None:  # without build isolation
+    archive = Path(".git_archival.txt")
+    untagged = archive.exists() and re.search(
+        "^describe-name: *$", archive.read_text(), re.MULTILINE
+    )
+    # Not there without build isolation; and of an archive before the first tag it makes 0.0.
+    if untagged or importlib.util.find_spec("setuptools_scm") is None:
         return {"version": last_resort}
     return {"use_scm_version": {"fallback_version": last_resort}}
 

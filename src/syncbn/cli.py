@@ -2,8 +2,8 @@
 
 Only what the shell needs is here; what the commands do is in syncbn.demo, syncbn.info and
 syncbn.diagnose. info and trace take torch alone; what check and bench need comes with the extra
-``[cli]``, bench's picture with ``[plot]``, what demo needs with ``[demo]``, and is imported when they
-run.
+``[cli]``, bench's picture with ``[plot]``, what demo needs with ``[demo]``, and is imported when
+they run.
 """
 
 from __future__ import annotations
@@ -147,7 +147,7 @@ def _demo(
     from .demo import data
     from .demo import report as says
     from .demo.options import DemoOptions
-    from .demo.progress import bars
+    from .demo.progress import arm_bars
     from .demo.run import run
     from .launch import RankFailed
     from .pictures import check_path
@@ -160,7 +160,7 @@ def _demo(
         raise _Failure(str(error)) from error
     digits = data.load(options)
     try:
-        with bars(options) as on_progress:
+        with arm_bars(options) as on_progress:
             report = run(options, digits, on_progress=on_progress)
     except RankFailed as error:
         raise _Failure(str(error), status=1) from None

@@ -35,7 +35,7 @@ def test_shapes_are_tables_a_sentence_and_a_picture(
     assert status(*TOY, "--out", str(picture)) == 0
     out, err = capfd.readouterr()
     assert max(map(len, out.splitlines())) <= max(80, len(f"Picture: {picture}"))
-    for text in ("2×3×4×5", "4×3", "torch.nn.BatchNorm", "naive layer", "all 2 together"):
+    for text in ("2×3×4×5", "4×3", "torch.nn.BatchNorm", "naive layer", "All 2 together"):
         assert text in out
     flat = " ".join(out.split())
     assert "forward and backward of 2 layers, one of each shape, take" in flat

@@ -10,6 +10,7 @@ import re
 import shlex
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -27,9 +28,26 @@ PAGES = [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")]
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
 
+# Packages of the extra [frameworks]: blocks that import one are skipped where it is missing.
+FRAMEWORKS = (
+    "accelerate",
+    "deepspeed",
+    "lightning",
+    "mmengine",
+    "monai",
+    "ptflops",
+    "pytorch_lightning",
+)
+
+
+def folders(page: Path) -> tuple[str, ...]:
+    """Below docs/: a page's blocks are chosen by them (make test-frameworks)."""
+    return page.relative_to(ROOT).parts[1:-1]
+
+
 def blocks(language: str) -> list:
     return [
-        pytest.param(text, id=f"{page.stem}-{number}")
+        pytest.param(text, id="-".join([*folders(page), page.stem, str(number)]))
         for page in PAGES
         for number, (found, text) in enumerate(BLOCK.findall(page.read_text()), 1)
         if found == language
@@ -43,6 +61,9 @@ def test_python_blocks_run(text, tmp_path):
         pytest.skip(missing())
     if "torch.onnx." in text:
         pytest.importorskip("onnxscript", reason="needs the extra [export-test]")
+    for name in FRAMEWORKS:
+        if re.search(rf"^(import|from) {name}\b", text, re.MULTILINE) and not find_spec(name):
+            pytest.skip(f"needs {name}, of the extra [frameworks]")
     script = tmp_path / "block.py"
     script.write_text(text)
     run_script(script, ranks=2 if "init_process_group(" in text else 1)
@@ -69,7 +90,9 @@ def fits(command: str, words: list[str]) -> bool:
 
 def unknown_in(line: str) -> str | None:
     """What this line of a shell block names that isn't here; the line itself if it runs nothing."""
-    command, *words = shlex.split(line.replace("python -m syncbn", "syncbn"), comments=True) or [""]
+    for long, short in (("python -m syncbn", "syncbn"), ("uv pip", "pip")):
+        line = line.replace(long, short)
+    command, *words = shlex.split(line, comments=True) or [""]
     scripts = [word for word in words if word.endswith(".py")]
     if command == "make":
         missing = [word for word in words if not re.search(rf"^{word}:", MAKEFILE, re.MULTILINE)]
@@ -78,6 +101,8 @@ def unknown_in(line: str) -> str | None:
         extras = [extra for word in packages for extra in re.findall(r"\[(\w+)\]", word)]
         missing = [extra for extra in extras if extra not in EXTRAS]
         missing += [line] if words[:1] != ["install"] or not packages else []
+    elif command == "git":
+        missing = [line] if words != ["clone", "https://github.com/syncbn/syncbn"] else []
     elif command == "syncbn":
         arguments = {"demo": 0, "check": 1, "bench": 0, "info": 0, "trace": 1}
         missing = [word for word in words[:1] if word not in arguments]
@@ -103,6 +128,7 @@ def test_commands_of_shell_blocks_exist(text):
     "line",
     [
         *("make nonsense", "pip install", "pip install 'syncbn[nonsense]'", "syncbn nonsense"),
+        *("uv pip install '.[nonsense]'", "git pull"),
         *("syncbn info nonsense", "syncbn trace folder nonsense"),
         *("syncbn check a:b --nonsense", "syncbn check a:b --ranks two", "syncbn check a:b c:d"),
         *("syncbn bench --nonsense", "syncbn bench --shape two", "syncbn bench surplus"),
@@ -164,7 +190,7 @@ MODULES = [
         if not module.name.startswith(
             (
                 *("syncbn.cli", "syncbn.demo", "syncbn.lib", "syncbn.kernels.triton."),
-                "syncbn.diagnose.check.progress",
+                "syncbn.integrations.",  # shown in tests/frameworks, beside their packages
             )
         )
     ),

@@ -1,7 +1,11 @@
-"""The built site (make docs): every public name, no dead link, nothing from elsewhere."""
+"""The built site (make docs): every public name, no dead link, nothing from elsewhere.
+
+Links to other sites are not followed: ``python tests/docs/test_site.py`` lists them.
+"""
 
 from __future__ import annotations
 
+import pkgutil
 import re
 import zlib
 from functools import cache
@@ -104,7 +108,16 @@ def test_every_public_name_has_an_entry():
     }
     steps = ("measure", "normalise", "gradient_sums", "input_gradient")
     names |= said | {f"syncbn.kernels.composite.{step}" for step in steps}
-    assert sorted(names - inventory()) == []
+    entries = inventory()
+    assert sorted(names - entries) == []
+    for plugin in pkgutil.iter_modules([str(ROOT / "src/syncbn/integrations")]):
+        assert any(name.startswith(f"syncbn.integrations.{plugin.name}.") for name in entries)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_no_markup_is_left_over(page):
+    text = re.sub(r"<pre.*?</pre>", "", page.read_text(), flags=re.DOTALL)
+    assert not re.findall(r".{0,40}(?:``|\]\(|:\w+:`).{0,40}", text)
 
 
 def test_every_page_has_its_place_and_its_text():
@@ -117,3 +130,8 @@ def test_every_page_has_its_place_and_its_text():
 
 def test_formulas_are_mathml():
     assert "<math" in (SITE / "how-it-works.html").read_text()
+
+
+if __name__ == "__main__":
+    outside = {link for page in SITE.rglob("*.html") for link in read(page).links}
+    print(*sorted(link for link in outside if urlsplit(link).netloc), sep="\n")

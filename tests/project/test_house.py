@@ -17,7 +17,7 @@ SOURCE = Path(syncbn.__file__).parent
 CSRC = ROOT / "csrc"
 # From the ground up. A room imports from rooms on floors below its own, never from its own floor.
 FLOORS = (
-    {"_interrupts", "_version", "library", "pictures", "tensors"},
+    {"_interrupts", "_version", "library", "pictures", "progress", "tensors"},
     {"versions"},
     {"numerics"},
     {"comm", "kernels"},
@@ -47,9 +47,10 @@ ROOMS = {
         {"layout", "steps"},
     ),
     "step": (
+        {"nested"},
         {"checks", "collectives", "identity", "masked", "mode"},
         {"accumulation"},
-        {"derivatives", "records", "speaker", "tracking"},
+        {"derivatives", "profiling", "records", "speaker", "tracking"},
         {"as_torch", "exchange", "transformed"},
         {"function"},
         {"dtensors", "fused", "replicas"},
@@ -57,7 +58,7 @@ ROOMS = {
     ),
     "layers": ({"copies", "functional"}, {"modules"}, {"lazy"}),
     "diagnose": (
-        {"agreement", "progress", "traces"},
+        {"agreement", "traces"},
         {"buffers", "desync", "recalibrate"},
     ),
     "diagnose/monitor": (
@@ -68,7 +69,7 @@ ROOMS = {
         {"monitor"},
     ),
     "diagnose/check": (
-        {"capture", "differences", "options", "progress", "words"},
+        {"capture", "differences", "options", "words"},
         {"build", "observe"},
         {"train"},
         {"compare"},
@@ -89,7 +90,7 @@ ROOMS = {
     "batches": ({"nested"}, {"empty", "scatter", "transfer"}, {"uneven"}),
     "models": (
         {"becoming", "graphs", "names", "quantisation", "registry", "replaced", "replicate"},
-        {"data_parallel", "freezing", "masking", "plan"},
+        {"data_parallel", "freezing", "inputs", "masking", "plan"},
         {"measuring", "revert", "words"},
         {"accumulating"},
         {"convert"},

@@ -15,15 +15,20 @@ from types import ModuleType
 
 import pytest
 import torch
+import wheel_contents
 
 import syncbn
 from support.paths import ROOT
 from syncbn import _version
 
-FOLDERS = ("src", "csrc", "tests", "docs", "examples", "benchmarks")
+FOLDERS = (
+    *("src", "csrc", "tests", "docs", "examples", "benchmarks"),
+    *("changelog.d", ".github", ".ci"),
+)
 FILES = (
     *("setup.py", "pyproject.toml", "MANIFEST.in", "Makefile", "constraints.txt"),
-    *("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "LICENSE"),
+    *("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "LICENSE", "CITATION.cff", "SECURITY.md"),
+    *(".clang-format", ".pre-commit-config.yaml", ".gitignore"),
 )
 BUILT = ("*.so", "*.o", "__pycache__", "*.egg-info", "libsyncbn.txt", "_build")
 
@@ -113,7 +118,8 @@ def test_a_failed_build_removes_what_an_earlier_one_left(copy):
     environment = os.environ | {"CC": "no-such-compiler", "CXX": "no-such-compiler"}
     subprocess.run(command, timeout=300, cwd=copy, env=environment, check=True)
     assert not library.exists()
-    assert "no-such-compiler" in library.with_suffix(".txt").read_text()
+    why_not = library.with_suffix(".txt").read_text()
+    assert why_not == f"the compiler no-such-compiler is missing\n{COMMAND[:-1]}-e .\n"
 
 
 HIDING = """
@@ -219,21 +225,31 @@ def test_the_command_that_builds_the_library(setup, monkeypatch, tmp_path, uv, f
         monkeypatch.setenv("UV", "/bin/uv")
     if from_index:
         (tmp_path / "PKG-INFO").touch()
-    assert setup.command_to_build() == command
+    assert setup.command_to_build(editable=False) == command
+    if not from_index:
+        assert setup.command_to_build(editable=True) == command.replace(" .", " -e .")
 
 
 def numbers(version: str) -> tuple[int, ...]:
     return tuple(map(int, re.match(r"\d+\.\d+\.\d+", version).group().split(".")))
 
 
-def test_the_version_without_tags_is_later_than_every_release(setup, monkeypatch):
+def test_the_version_without_tags_is_later_than_every_release(setup, monkeypatch, copy):
     released = re.findall(r"^## \[?(\d[\w.]*)", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
     assert all(numbers(_version.UNINSTALLED) > numbers(each) for each in ["0.1.0", *released])
-    monkeypatch.chdir(ROOT)
+    monkeypatch.chdir(copy)
     monkeypatch.setattr(setup.importlib.util, "find_spec", lambda name: None)
     assert setup.version() == {"version": _version.UNINSTALLED}
     monkeypatch.setattr(setup.importlib.util, "find_spec", lambda name: name)
-    assert setup.version() == {"use_scm_version": {"fallback_version": _version.UNINSTALLED}}
+    from_git = {"use_scm_version": {"fallback_version": _version.UNINSTALLED}}
+    archive = copy / ".git_archival.txt"
+    for described, version in (
+        ("$Format:%(describe:tags=true)$", from_git),
+        ("v0.3.0", from_git),
+        ("", {"version": _version.UNINSTALLED}),
+    ):
+        archive.write_text(f"node: 1a2b3c4\ndescribe-name: {described}\n")
+        assert setup.version() == version
 
 
 def test_sources_that_were_never_installed_have_a_version(tmp_path):
@@ -259,9 +275,39 @@ def test_the_source_distribution_is_complete(tmp_path):
     copied = {
         path.relative_to(tmp_path).as_posix()
         for folder in FOLDERS
-        for path in (tmp_path / folder).rglob("*.*")
+        for path in (tmp_path / folder).rglob("*")
         if path.is_file() and ".egg-info" not in path.as_posix()
     }
     assert {"csrc/torch/register.cpp", "tests/support/ranks.py", "docs/demo.png"} <= copied
     assert copied <= packed
     assert {"PKG-INFO", *FILES} <= packed
+
+
+def wheel(path: Path, files: dict[str, bytes]) -> Path:
+    with zipfile.ZipFile(path, "w") as file:
+        for name, content in files.items():
+            file.writestr(name, content)
+    return path
+
+
+LIBRARY, WHY_NOT = "syncbn/libsyncbn.so", "syncbn/libsyncbn.txt"
+GOOD_NAME = "syncbn-1.0-py3-none-manylinux_2_28_x86_64.whl"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks into ELF")
+@pytest.mark.skipif(shutil.which("readelf") is None, reason="needs binutils")
+def test_what_is_wrong_with_a_wheel_is_found(tmp_path):
+    library = Path(torch._C.__file__).read_bytes()  # it needs what is not of the stable ABI
+    file = wheel(tmp_path / GOOD_NAME, {"syncbn/a.py": b"", LIBRARY: library})
+    found = wheel_contents.faults(file)
+    assert "it needs libtorch_python.so" in found
+    assert any("stable ABI" in fault for fault in found)
+    pure = wheel(tmp_path / "syncbn-1.0-py3-none-any.whl", {WHY_NOT: b"", "tests": b""})
+    assert wheel_contents.faults(pure) == [
+        f"expected a name py3-none-manylinux or py3-none-macosx, got {pure.name}",
+        "syncbn/libsyncbn.txt does not belong here",
+        "tests does not belong here",
+        "syncbn/libsyncbn.so is missing",
+    ]
+    large = wheel(tmp_path / GOOD_NAME, {"syncbn/a.py": os.urandom(3_100_000)})
+    assert wheel_contents.faults(large)[0] == "expected 3 MB at most, got 3.1 MB"

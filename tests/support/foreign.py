@@ -162,6 +162,14 @@ class FrozenBatchNorm2d(nn.Module):
         return F.batch_norm(x, *statistics, self.weight, self.bias, eps=self.eps)
 
 
+@of("torchvision.ops.misc")
+class TorchvisionFrozen(nn.Module):
+    def __init__(self, num_features):
+        super().__init__()
+        for name in ("weight", "bias", "running_mean", "running_var"):
+            self.register_buffer(name, torch.ones(num_features))
+
+
 @of("mmengine.model.utils")
 class _BatchNormXd(_BatchNorm):
     def _check_input_dim(self, input):
@@ -390,5 +398,8 @@ class TemporalEffectiveBatchNorm2d(_BatchNorm, StepModule):
         return _over_steps(x, self.super_forward) * self.scale.view(-1, 1, 1, 1, 1)
 
 
+# Two that are called as others here are.
 PyGBatchNorm.__name__ = PyGBatchNorm.__qualname__ = "BatchNorm"
 MODULES["torch_geometric.nn.norm.batch_norm"].BatchNorm = PyGBatchNorm
+TorchvisionFrozen.__name__ = TorchvisionFrozen.__qualname__ = "FrozenBatchNorm2d"
+MODULES["torchvision.ops.misc"].FrozenBatchNorm2d = TorchvisionFrozen

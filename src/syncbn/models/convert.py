@@ -83,7 +83,9 @@ def convert(
             f"{group_size}); leave one out"
         )
     return convert_layers(
-        *(module, process_group, where),
+        module,
+        process_group,
+        where,
         group_size=group_size,
         reproducible=reproducible,
         skip_nonfinite=skip_nonfinite,

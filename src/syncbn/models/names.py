@@ -20,7 +20,7 @@ def described(name: str, layer: nn.Module) -> str:
     return f"{name or 'the module itself'} ({_class_of(layer)})"
 
 
-def grouped(layers: Sequence[tuple[str, nn.Module]], room: int = 280) -> str:
+def grouped(layers: Sequence[tuple[str, nn.Module]], room: int) -> str:
     """Layers by class, the most frequent first, in about ``room`` characters.
 
     "49 × timm.layers.norm_act.BatchNormAct2d (bn1, blocks.0.bn1, blocks.0.bn2, …), 1 × a.Norm (b)"
@@ -31,20 +31,25 @@ def grouped(layers: Sequence[tuple[str, nn.Module]], room: int = 280) -> str:
     by_count = sorted(names.items(), key=lambda item: -len(item[1]))
     parts: list[str] = []
     for cls, members in by_count:
-        shown = ", ".join([*members[:3], "…"] if len(members) > 3 else members)
-        part = f"{len(members)} × {cls} ({shown})"
-        if parts and sum(map(len, parts)) + len(part) > room:
+        left = room - sum(len(part) + 2 for part in parts) - 25 * (len(by_count) > 1)
+        part = next((p for p in _shown(cls, members) if len(p) <= left), None)
+        if part is None and parts:
             break
-        parts.append(part)
-    rest = by_count[len(parts) :]
-    if rest:
+        parts.append(part or _shown(cls, members)[-1])
+    if rest := by_count[len(parts) :]:
         count = sum(len(members) for _, members in rest)
         parts.append(f"{count} of {len(rest)} more class{'es'[: 2 * (len(rest) > 1)]}")
     return ", ".join(parts)
 
 
+def _shown(cls: str, members: list[str]) -> list[str]:
+    """A class and its layers, of which three are named, or two, or one."""
+    few = [[*members[:n], *["…"][: len(members) > n]] for n in (3, 2, 1)]
+    return [f"{len(members)} × {cls} ({', '.join(names)})" for names in few]
+
+
 def _short(name: str) -> str:
-    return name if len(name) <= 60 else f"…{name[-59:]}"
+    return name if len(name) <= 50 else f"…{name[-49:]}"
 
 
 def _class_of(layer: nn.Module) -> str:

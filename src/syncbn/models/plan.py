@@ -36,7 +36,9 @@ class Plan:
 
     changes: those that become ours. ours: those that are. left: the others, by the reason.
     compiled: in graphs, in words. passed_over: which where does not want. frozen: of classes that
-    normalise by fixed numbers, which stay as they are. has_graphs: whether parts are compiled.
+    normalise by fixed numbers, which stay as they are. has_graphs: whether parts are compiled,
+    which tell nothing of batch norms that use their running statistics. may_be_empty: whether
+    where, a Monitor's for example, has reasons to choose none.
     """
 
     changes: list[Change] = field(default_factory=list)
@@ -46,6 +48,7 @@ class Plan:
     passed_over: list[Named] = field(default_factory=list)
     frozen: list[Named] = field(default_factory=list)
     has_graphs: bool = False
+    may_be_empty: bool = False
 
     def leave(self, reason: str, name: str, layer: nn.Module) -> None:
         self.left.setdefault(reason, []).append((name, layer))
@@ -77,6 +80,7 @@ def survey(module: nn.Module, where: Callable[[str, nn.Module], bool] | None) ->
         for name, holder, what in compiled_batch_norms(module)
         if where is None or where(name, holder)
     ]
+    plan.may_be_empty = bool(plan.passed_over) and getattr(where, "may_choose_none", False)
     plan.has_graphs = has_graphs(module)
     for change in plan.changes:
         _check_options(change.name, change.layer)

@@ -73,8 +73,8 @@ def revert(module: ModuleT) -> ModuleT:
     if left_alone:
         warnings.warn(
             "revert: left alone, because convert did not give them their classes: "
-            f"{grouped(left_alone)}. Use syncbn.register_conversion(cls, sync_cls) to say what "
-            "they stand for",
+            f"{grouped(left_alone, 400)}. Use syncbn.register_conversion(cls, sync_cls) to say "
+            "what they stand for",
             stacklevel=2,
         )
     return module

@@ -69,7 +69,7 @@ def run(*, as_json: bool, out: Path | None, **asked: Any) -> int:
     """Measure, print, draw; the exit status."""
     from rich.console import Console
 
-    from ..check.progress import bar
+    from ...progress import phase_bar
     from . import report as says
     from .run import run as measured
 
@@ -78,7 +78,7 @@ def run(*, as_json: bool, out: Path | None, **asked: Any) -> int:
         _check_path(out)
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())  # as python -m has it: the user's own modules
-    with bar(unit="rounds", everywhere=False) as on_progress:
+    with phase_bar("rounds", everywhere=False) as on_progress:
         report = measured(options, on_progress)
     if as_json:
         print(says.as_json(report, picture=None if out is None else str(out)))

@@ -72,7 +72,7 @@ def title(report: Report) -> str:
     options = report.options
     ranks = f"{options.ranks} rank{'s' * (options.ranks > 1)}"
     what = "One layer" if options.model is None else f"Batch norms of {spoken(options.model)}"
-    return f"{what} in training mode, {ranks}, {options.device}"
+    return f"{what} in training, {ranks} on {options.device}"
 
 
 def described(report: Report) -> str:
@@ -80,11 +80,16 @@ def described(report: Report) -> str:
     found = report.environment
     versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
     threads = f"{found['threads']} thread{'s' * (found['threads'] > 1)} per rank"
-    return (
-        f"{found['machine']} {found['device']}, {found['cores']} cores, {threads}; "
-        f"kernels: {found['kernels']}; exchange: {found['communicator']}; {versions}; "
-        f"{report.options.rounds} rounds"
-    )
+    layout = ", channels last" * report.options.channels_last
+    parts = [
+        f"{report.options.dtype}{layout}",
+        f"{found['machine']} {found['device']}, {found['cores']} cores, {threads}",
+        f"kernels: {found['kernels']}",
+        f"exchange: {found['communicator']}",
+        versions,
+        f"{report.options.rounds} rounds",
+    ]
+    return "; ".join(parts)
 
 
 def tables(report: Report) -> list[Any]:
@@ -121,16 +126,16 @@ def _named(case: Case, options: Options) -> str:
     shape = " ".join([sized(case), *others])
     if not case.layers:
         return shape
-    first, more = case.layers[0], len(case.layers) - 1
-    first = first if len(first) <= _LONGEST else f"…{first[1 - _LONGEST :]}"
-    return f"{shape}\n  {first}{f' + {more} more' if more else ''}"
+    name, *more = case.layers
+    if more:
+        return f"{shape}\n  {len(case.layers)} layers"
+    return f"{shape}\n  {name if len(name) <= _LONGEST else f'…{name[1 - _LONGEST :]}'}"
 
 
 def _together(report: Report) -> Any:
-    what = sized(report.rows[0].case) if len(report.rows) == 1 else "all together"
-    if report.calls > 1:
-        what = f"all {report.calls} together"
-    out = _table(f"{title(report)}: {what}")
+    (first, *others) = report.rows
+    what = f"all {report.calls} together" if report.calls > 1 else sized(first.case)
+    out = _table(what.capitalize() if others else f"{title(report)}: {what}")
     out.caption = f"Median ± half the interquartile distance. {described(report)}."
     out.add_column("layer")
     for heading in (*(f"{name} (ms)" for name in PASSES), "× syncbn"):
@@ -151,7 +156,8 @@ def _table(title: str) -> Any:
 
 
 def _spread(timing: Timing) -> str:
-    return f"{milliseconds(timing.median_ms)} ±{timing.spread_ms:.2g}"
+    spread = timing.spread_ms
+    return f"{milliseconds(timing.median_ms)} ±{spread:{'.2g' if spread < 99.5 else '.0f'}}"
 
 
 def sentence(report: Report) -> str:

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 class Monitor:
     """Watches the batch norms of a model in training: would each rank's own statistics do?
 
-    In the first forward in training, and then in every ``every``th, it measures what each batch
+    In the first forward in training, and then in one of ``every``, it measures what each batch
     norm gets on this rank (count, mean and sum of squared deviations per channel, of both halves of
     the batch), and at the end of that forward all ranks exchange this in one message. Outputs,
     gradients, running statistics and random numbers are the same bits as without. Layers may be
@@ -154,6 +154,8 @@ class Monitor:
         """
         known = find_layer(self._layers, name, layer)
         return bool(self.advice()[known.names[0]])
+
+    where.may_choose_none = True  # type: ignore[attr-defined]  # so convert does not warn of it
 
     def plot(self, to: Any) -> None:
         """Draw layers × steps, coloured by how far ranks' means are from that of all.
