@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 
 from ..tensors.layout import torchs_batch_norm
-from .records import Call
+from .records import Call, tensors_of
 
 
 def needs_own_kernels(call: Call) -> bool:
     """Whether torch's operator would refuse a batch in training, or do it wrongly."""
     mean, var, batches, momentum = call.running
-    if call.mask is not None or _mixes_dtypes(call.input, call.tensors):
+    if call.mask is not None or _mixes_dtypes(call.input, tensors_of(call)):
         return True
     if not call.mode.compiling:
         # A view that reads with the opposite sign: torch's operator would move a copy.
@@ -39,7 +39,7 @@ def _mixes_dtypes(input: Tensor, tensors: Sequence[Tensor | None]) -> bool:
 
 def normalise_as_torch(call: Call) -> Tensor:
     input, _, running, options, *_ = call
-    tensors = call.tensors
+    tensors = tensors_of(call)
     if _mixes_dtypes(input, tensors):
         wide = torch.float64 if input.dtype == torch.float64 else torch.float32
         tensors = tuple(None if t is None else t.to(wide) for t in tensors)

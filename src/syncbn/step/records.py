@@ -41,10 +41,10 @@ class Call(NamedTuple):
     mask: Tensor | None = None
     accumulator: Accumulator | None = None
 
-    @property
-    def tensors(self) -> tuple[Tensor | None, ...]:
-        """All (C,) tensors."""
-        return self.running.mean, self.running.var, *self.affine
+
+def tensors_of(call: Call) -> tuple[Tensor | None, ...]:
+    """All (C,) tensors of a call. No property of it: torch 2.10 cannot compile those."""
+    return call.running.mean, call.running.var, *call.affine
 
 
 class Part(NamedTuple):
