@@ -130,7 +130,7 @@ test-wheel: $(READY)
 # Beside the frameworks themselves, which come into .venv. mmengine and timm come without what they
 # ask for: a window system's OpenCV, and torchvision of another torch.
 test-frameworks: $(READY)
-	$(BIN)/python $(INSTALL) --no-build-isolation 'syncbn[frameworks]'
+	$(BIN)/python $(INSTALL) 'syncbn[frameworks]'
 	$(BIN)/python $(INSTALL) --no-deps 'mmengine>=0.10.7,<0.11' 'timm>=1.0.15,<2'
 	$(BIN)/python $(PYTEST) tests/frameworks tests/docs/test_docs.py -k frameworks
 
