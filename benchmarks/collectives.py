@@ -29,10 +29,10 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from layer import group_over_gloo, join_gloo, run_ranks
+from ranks import group_over_gloo, join_gloo, run_ranks
 from syncbn.comm import MPI, Communicator, SharedMemory, resolve, threads
 from syncbn.comm.memory import unavailable
-from timing import interleaved, summary
+from syncbn.diagnose.bench.timing import interleaved, summary
 
 IN_A_ROW = 20
 Rows = dict[str, tuple[float, ...]]

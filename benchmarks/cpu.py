@@ -17,11 +17,8 @@ rounds' own ratios, which holds when the machine's speed drifts. Outputs are fre
 from __future__ import annotations
 
 import copy
-import ctypes
 import importlib.util
 import statistics
-import time
-from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,18 +31,13 @@ from torch import Tensor, nn
 
 import syncbn
 from cpu_picture import draw, environment, report
-from layer import (
-    LAYOUTS,
-    SHAPES,
-    NaiveSyncBatchNorm,
-    group_over_gloo,
-    join_gloo,
-    run_ranks,
-    step,
-)
+from ranks import group_over_gloo, join_gloo, run_ranks
 from syncbn.comm.memory import unavailable
+from syncbn.diagnose.bench.measure import passes
+from syncbn.diagnose.bench.naive import NaiveSyncBatchNorm
+from syncbn.diagnose.bench.options import LAYOUTS, SHAPES
+from syncbn.diagnose.bench.timing import in_turns, interleaved, keep_freed_memory, summary
 from tabular import shown
-from timing import interleaved, summary
 
 FEATURES = (4096, 256)
 SMALL = ((32, 256), (256, 64), (16, 128, 500), (1, 16, 256, 256), (1, 3, 512, 512))
@@ -76,17 +68,15 @@ CASES = (
 TOYS = (Case((2, 3, 4, 5), "bfloat16", "channels_last"), Case((4, 3), "float32", "contiguous"))
 
 
-def keep_freed_memory() -> None:
-    """Have glibc reuse freed memory. Else page faults hit one side or the other, by their order."""
-    if mallopt := getattr(ctypes.CDLL(None), "mallopt", None):
-        mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD
-        mallopt(-3, 1 << 25)  # M_MMAP_THRESHOLD
+def step(layer: nn.Module, x: Tensor, dy: Tensor) -> Callable[[], None]:
+    """A function that does one forward and one backward."""
+    forward, backward = passes(layer, x, dy)
 
+    def run() -> None:
+        forward()
+        backward()
 
-def timed(run: Callable[[], Any]) -> tuple[Any, float]:
-    start = time.perf_counter()
-    result = run()
-    return result, time.perf_counter() - start
+    return run
 
 
 def measure(case: Case, threads: int, rounds: int) -> list[dict[str, Any]]:
@@ -95,26 +85,18 @@ def measure(case: Case, threads: int, rounds: int) -> list[dict[str, Any]]:
     x = torch.randn(case.shape, dtype=getattr(torch, case.dtype))
     x = x.contiguous(memory_format=LAYOUTS[case.layout])
     dy, y_reused = torch.randn_like(x), torch.empty_like(x)
-    leaf = x.clone().requires_grad_()
     channels = case.shape[1]
     peer = nn.BatchNorm2d(channels) if x.dim() == 4 else nn.BatchNorm1d(channels)
-    layers = [("syncbn", syncbn.SyncBatchNorm(channels)), ("torch", peer)]
-    times: dict[Any, list[float]] = defaultdict(list)
-    for _ in range((rounds if x.numel() > 1e5 else 10 * rounds) + 2):
-        layers.reverse()  # each follows the other, and the copy, equally often
-        for name, layer in layers:
-            layer.zero_grad()
-            y, forward = timed(lambda layer=layer: layer(leaf))
-            _, backward = timed(lambda y=y: y.backward(dy))
-            y = leaf.grad = None
-            times[name, "forward"].append(forward)
-            times[name, "backward"].append(backward)
-        times["copy"].append(timed(lambda: y_reused.copy_(x))[1])
-    copy_us = statistics.median(times["copy"][2:]) * 1e6
+    layers = {"syncbn": syncbn.SyncBatchNorm(channels), "torch": peer}
+    steps = {name: passes(layer, x, dy) for name, layer in layers.items()}
+    times = in_turns(
+        steps | {"copy": (lambda: y_reused.copy_(x),)}, rounds if x.numel() > 1e5 else 10 * rounds
+    )
+    copy_us = statistics.median(copy for (copy,) in times["copy"]) * 1e6
     tensor = {"shape": case.shape, "dtype": case.dtype, "layout": case.layout, "threads": threads}
     rows = []
-    for pass_ in PASSES:
-        ours, theirs = (times[name, pass_][2:] for name in ("syncbn", "torch"))
+    for part, pass_ in enumerate(PASSES):
+        ours, theirs = ([each[part] for each in times[name]] for name in ("syncbn", "torch"))
         us = {"syncbn_us": middle(ours, 1e3), "torch_us": middle(theirs, 1e3)}
         ratio = {"ratio": summary(theirs, ours)[2]}
         copies = {f"{key[:-3]}_copies": value[0] / copy_us for key, value in us.items()}
@@ -145,7 +127,7 @@ def rank_rows(rank: int, rounds: int, quick: bool) -> list[dict[str, Any]]:
         }
         if shared:
             layers["shared"] = syncbn.SyncBatchNorm(channels, process_group=shared)
-        steps = {name: step(layer, x, dy, "fwd+bwd") for name, layer in layers.items()}
+        steps = {name: step(layer, x, dy) for name, layer in layers.items()}
 
         def parts(local=steps["local"], moments=moments, sums=sums) -> None:
             local()

@@ -32,8 +32,8 @@ import torch
 
 from cpu import CASES, PASSES, TOYS, Case, keep_freed_memory, middle
 from cpu_picture import report
-from layer import LAYOUTS
 from syncbn import library
+from syncbn.diagnose.bench.options import LAYOUTS
 from syncbn.kernels import native
 from syncbn.kernels.interface import Affine, Running
 

@@ -28,8 +28,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 import syncbn
 from cpu_picture import report
-from layer import join_gloo, run_ranks
-from timing import WARM_UP, interleaved, summary
+from ranks import join_gloo, run_ranks
+from syncbn.diagnose.bench.timing import WARM_UP, interleaved, summary
 
 DEPTH = 2  # blocks of each width
 

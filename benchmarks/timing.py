@@ -1,39 +1,18 @@
-"""How the benchmarks take times: what is compared runs in turn, round after round."""
+"""How benchmarks of one process take a device's times, and the host's."""
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-import torch.distributed as dist
+
+from syncbn.diagnose.bench.timing import WARM_UP, interleaved
 
 Steps = dict[str, Callable[[], Any]]
 
-WARM_UP = 2  # rounds that don't count
 _MOST_CYCLES = 2**28  # about a tenth of a second
-
-
-def summary(times: list[float], peer: list[float]) -> tuple[float, float, float]:
-    """Median and half the interquartile distance in ms, and the median ratio to the peer."""
-    low, middle, high = statistics.quantiles(times, n=4)
-    ratio = statistics.median(a / b for a, b in zip(times, peer, strict=True))
-    return middle * 1e3, (high - low) / 2 * 1e3, ratio
-
-
-def interleaved(steps: Steps, rounds: int) -> dict[str, list[float]]:
-    """Seconds per call of every step, in turn; the first rounds warm up and don't count."""
-    times: dict[str, list[float]] = {name: [] for name in steps}
-    for _ in range(rounds + WARM_UP):
-        for name, run in steps.items():
-            if dist.is_initialized():
-                dist.barrier()
-            start = time.perf_counter()
-            run()
-            times[name].append(time.perf_counter() - start)
-    return {name: values[WARM_UP:] for name, values in times.items()}
 
 
 def device_times(steps: Steps, rounds: int, device: torch.device) -> dict[str, list[float]]:

@@ -4,7 +4,7 @@ python examples/monitor.py --out monitor.png
 
 Four processes train a small network on real handwritten digits, one image each, with torch's
 BatchNorm, and a Monitor watches. Then a new one trains with the layers synchronised that it
-advises. Needs the extra [cli].
+advises. Needs the extra [demo].
 """
 
 from __future__ import annotations

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 import syncbn
-from timing import Steps, device_times, host_times, summary
+from syncbn.diagnose.bench.timing import summary
+from timing import Steps, device_times, host_times
 
 from .calls import (
     PASSES,

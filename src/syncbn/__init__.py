@@ -15,6 +15,7 @@ Importing starts nothing.
 
 import sys as _sys
 
+from . import _interrupts as _interrupts  # before torch
 from . import comm, kernels
 from ._version import __version__
 from .batches.uneven import until_all_done
@@ -39,13 +40,15 @@ from .layers.modules import SyncBatchNorm, SyncBatchNorm1d, SyncBatchNorm2d, Syn
 from .models import data_parallel as _data_parallel
 from .models import registry as _registry
 from .models.accumulating import accumulating
-from .models.convert import convert, revert
+from .models.convert import convert
 from .models.data_parallel import DataParallel
 from .models.freezing import Frozen as _Frozen
 from .models.freezing import freeze, unfreeze
+from .models.known import table as _table
 from .models.masking import masking
 from .models.measuring import ignore as _ignore
 from .models.registry import register_conversion
+from .models.revert import revert
 from .step.masked import mask_from_lengths
 
 __all__ = [
@@ -100,3 +103,11 @@ for _name, _module in (
     ("registry", _registry),
 ):
     _sys.modules[f"{__name__}.{_name}"] = _module
+
+
+def __getattr__(name: str) -> object:
+    """Classes that layers of other libraries become: pickles of such layers name them."""
+    target = _table.target_named(name)
+    if target is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return target

@@ -1,23 +1,24 @@
-"""The command ``syncbn``, and ``python -m syncbn``: demo, check, info and trace.
+"""The command ``syncbn``, and ``python -m syncbn``: demo, check, bench, info and trace.
 
 Only what the shell needs is here; what the commands do is in syncbn.demo, syncbn.info and
-syncbn.diagnose. info and trace take torch alone; rich, which check and demo need, scikit-learn and
-matplotlib, which demo needs, come with the extra ``[cli]`` and are imported when they run.
+syncbn.diagnose. info and trace take torch alone; what check and bench need comes with the extra
+``[cli]``, bench's picture with ``[plot]``, what demo needs with ``[demo]``, and is imported when
+they run.
 """
 
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
+from . import _interrupts
 from ._version import __version__
 
-_COMMANDS = ("demo", "check", "info", "trace")
-_EXTRA = {"rich", "sklearn", "matplotlib"}
+_COMMANDS = ("demo", "check", "bench", "info", "trace")
+_EXTRAS = {"rich": "cli", "matplotlib": "plot", "sklearn": "demo"}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -26,6 +27,7 @@ def main(arguments: list[str] | None = None) -> int:
     0: done. 1: a rank failed, the extra is missing, a file could not be written, the ranks in a
     trace differ, or a checked model's do. 2: wrong usage, in one line. 130: interrupted.
     """
+    _interrupts.raise_again()
     given = sys.argv[1:] if arguments is None else arguments
     command = " ".join(["syncbn", *(name for name in given[:1] if name in _COMMANDS)])
     try:
@@ -38,9 +40,10 @@ def main(arguments: list[str] | None = None) -> int:
         return 130
     except ModuleNotFoundError as error:
         missing = (error.name or "").partition(".")[0]
-        if missing not in _EXTRA:
+        if missing not in _EXTRAS:
             raise
-        _complain("syncbn", f"needs {missing}: pip install 'syncbn[cli]'")
+        extra = "demo" if command == "syncbn demo" else _EXTRAS[missing]
+        _complain("syncbn", f"needs {missing}: pip install 'syncbn[{extra}]'")
         return 1
 
 
@@ -75,9 +78,11 @@ def _run(arguments: list[str]) -> int:
     info = "Show versions, devices, engines of communication and kernels."
     trace = "Show what ranks called, from the traces that they left, and where they first differ."
     check = "Train a model over ranks and in one process, and say which layer first departs."
+    bench = "Time the layer on this machine beside its peers, and say where its time goes."
     for name, run, text, add_options in (
         ("demo", _demo, demo, _add_demo_options),
         ("check", _check, check, _add_check_options),
+        ("bench", _bench, bench, _add_bench_options),
         ("info", _info, info, None),
         ("trace", _trace, trace, _add_trace_options),
     ):
@@ -142,19 +147,20 @@ def _demo(
     from .demo import data
     from .demo import report as says
     from .demo.options import DemoOptions
-    from .demo.progress import bars
+    from .demo.progress import arm_bars
     from .demo.run import run
     from .launch import RankFailed
+    from .pictures import check_path
 
     try:
         options = DemoOptions(ranks=ranks, batch_per_rank=batch_per_rank, epochs=epochs, seed=seed)
+        if not no_plot:
+            check_path("--out", out)
     except ValueError as error:
         raise _Failure(str(error)) from error
-    if not no_plot:
-        _check_picture_path(out)
     digits = data.load(options)
     try:
-        with bars(options) as on_progress:
+        with arm_bars(options) as on_progress:
             report = run(options, digits, on_progress=on_progress)
     except RankFailed as error:
         raise _Failure(str(error), status=1) from None
@@ -168,21 +174,6 @@ def _demo(
         _draw(report, out)
         if not as_json:
             print(f"Picture: {out}")
-
-
-def _check_picture_path(path: Path) -> None:
-    """Before the training, not after it: can the picture be written?"""
-    from .demo.picture import writable_formats
-
-    formats = writable_formats()
-    if path.suffix[1:].lower() not in formats:
-        raise _Failure(f"--out: {str(path)!r} should end in one of .{', .'.join(sorted(formats))}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise _Failure(f"--out: cannot make {path.parent}: {error}") from None
-    if not os.access(path if path.exists() else path.parent, os.W_OK):
-        raise _Failure(f"--out: {str(path)!r} is not writable")
 
 
 def _draw(report: Any, path: Path) -> None:
@@ -223,10 +214,29 @@ def _add_check_options(parser: argparse.ArgumentParser) -> None:
 
 def _check(**options: Any) -> int:
     from .diagnose.check.command import run
+
+    return _refusing(run, **options)
+
+
+def _add_bench_options(parser: argparse.ArgumentParser) -> None:
+    from .diagnose.bench.command import add_options
+
+    add_options(parser, _number)
+
+
+def _bench(**options: Any) -> int:
+    from .diagnose.bench.command import run
+
+    return _refusing(run, **options)
+
+
+def _refusing(run: Callable[..., int], *, traceback: bool, **options: Any) -> int:
+    """``run(**options)``; in one line what it refuses, unless the traceback is asked for."""
     from .diagnose.check.options import Unusable
 
     try:
         return run(**options)
     except Unusable as error:
-        trace = f"{error.trace.rstrip()}\n" if options["traceback"] and error.trace else ""
-        raise _Failure(f"{trace}{error}".removeprefix("check: ")) from None
+        trace = f"{error.trace.rstrip()}\n" if traceback and error.trace else ""
+        text = str(error).removeprefix("check: ").removeprefix("bench: ")
+        raise _Failure(trace + text) from None

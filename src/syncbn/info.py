@@ -9,8 +9,8 @@ import torch
 
 from .comm.memory import unavailable
 from .comm.process_group import EXCHANGES
-from .demo.run import versions
 from .kernels import describe
+from .versions import versions
 
 
 def show(*, as_json: bool) -> None:

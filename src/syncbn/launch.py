@@ -90,17 +90,20 @@ def launch(
 
 
 @contextmanager
-def joined(rank: int, ranks: int, meeting: Path, *, timeout: float) -> Iterator[None]:
-    """In a rank: a gloo group, the default one, of all, who meet at a file. timeout: seconds."""
+def joined(
+    rank: int, ranks: int, meeting: Path, *, timeout: float, gpu: torch.device | None = None
+) -> Iterator[None]:
+    """In a rank: the default group, over gloo, or NCCL with a GPU each, who meet at a file."""
     if sys.platform == "linux":
         # One machine only: nothing needs to be open to the network, or to resolve a host name.
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     dist.init_process_group(
-        "gloo",
+        "nccl" if gpu else "gloo",
         init_method=meeting.as_uri(),
         rank=rank,
         world_size=ranks,
         timeout=timedelta(seconds=timeout),
+        device_id=gpu,
     )
     yield
     # Not after a failure, when they might wait for ever. Who leaves before all have met ends them.

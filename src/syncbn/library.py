@@ -6,15 +6,17 @@ from pathlib import Path
 
 LIBRARY = Path(__file__).parent / "libsyncbn.so"
 WHY_NOT = LIBRARY.with_suffix(".txt")  # left by setup.py where it could not build the library
-REMEDY = (
-    "with g++ 11 or newer, or clang 14 or newer, and torch 2.10 or newer, install syncbn again "
-    'with --no-build-isolation (README.md, "Install")'
-)
+COMMAND = "pip install --force-reinstall --no-deps ."  # unless the file knows another
+PAGE = "https://syncbn.github.io/syncbn/install.html"
 
 
 def missing() -> str | None:
-    """Why there is no library here; None where there is one."""
+    """Why there is no library here, and how to have it; None where there is one."""
     if LIBRARY.exists():
         return None
-    why = f": {WHY_NOT.read_text().strip()}" if WHY_NOT.exists() else ""
-    return f"{LIBRARY.name} was not built with this installation{why}; {REMEDY}"
+    why, _, command = WHY_NOT.read_text().strip().partition("\n") if WHY_NOT.exists() else [""] * 3
+    return (
+        f"{LIBRARY.name} was not built with this installation{': ' if why else ''}{why}; with "
+        "torch 2.10 or newer and g++ 11 or clang 14, or newer, installed, run "
+        f"'{command or COMMAND}' ({PAGE})"
+    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import io
 
 import pytest
 import torch
@@ -202,3 +203,37 @@ def test_checkpoints_recompute_on_all_ranks_or_none(ranks):
         return int(model.block[1].num_batches_tracked)
 
     assert ranks(2, run) == [3, 3]
+
+
+def test_len_is_for_progress_bars_and_asks_nobody(ranks):
+    def run(rank):
+        steps = syncbn.until_all_done([torch.ones(2, 3)] * (1 + 2 * rank))
+        before = len(steps) if rank == 0 else None  # on one rank alone
+        seen = sum(1 for _ in steps)
+        return before, seen, len(steps)
+
+    assert ranks(2, run) == [(1, 3, 3), (None, 3, 3)]
+
+
+def test_len_of_a_loader_without_one_and_of_an_empty_one():
+    steps = syncbn.until_all_done(iter([torch.ones(2, 3)]))
+    with pytest.raises(TypeError, match="has no len"):
+        len(steps)
+    assert len(list(steps)) == 1
+    steps = syncbn.until_all_done([])
+    assert len(steps) == 0
+    assert steps  # a rank without batches takes part
+
+
+def test_a_tqdm_bar_on_one_rank_alone(ranks):
+    tqdm = pytest.importorskip("tqdm")
+
+    def run(rank):
+        steps = syncbn.until_all_done([torch.ones(2, 3)] * (1 + 2 * rank))
+        seen = []
+        for _ in range(2):
+            bar = tqdm.tqdm(steps, file=io.StringIO()) if rank == 0 else steps
+            seen.append((len(bar) if rank == 0 else None, sum(1 for _ in bar)))
+        return seen
+
+    assert ranks(2, run) == [[(1, 3), (3, 3)], [(None, 3)] * 2]

@@ -176,7 +176,7 @@ def test_who_waits_long_is_told_what_for(ranks, monkeypatch):
     for part in ("rank 0 of 2 has waited", "in call 1", "forward of layer 'SyncBatchNorm1d"):
         assert part in text
     assert "rank 1 has not arrived" in text
-    assert "docs/hangs.md" in text
+    assert "https://syncbn.github.io/syncbn/hangs.html" in text
 
 
 @pytest.mark.parametrize("seconds", [0, -1.0, float("nan"), "60", True])

@@ -6,6 +6,8 @@ import importlib.util
 import json
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -13,17 +15,18 @@ import pytest
 
 from support.processes import forked_launches
 from support.scripts import execute
-from support.shells import Running, needs_proc, running_in
+from support.shells import TIMEOUT, Running, needs_proc, running_in
 
 if any(importlib.util.find_spec(name) is None for name in ("sklearn", "matplotlib")):
-    pytest.skip("needs the extra [cli]", allow_module_level=True)
+    pytest.skip("needs the extra [demo]", allow_module_level=True)
 
+import syncbn
 from syncbn.cli import main
 from syncbn.demo import train
 from syncbn.kernels import native
 
 NO_PLOT = ["--no-plot"]
-COMMANDS = ("demo", "check", "info", "trace")
+COMMANDS = ("demo", "check", "bench", "info", "trace")
 
 
 def test_demo_prints_a_table_and_writes_a_picture(
@@ -122,28 +125,30 @@ def test_info_names_what_serves_here(capsys: pytest.CaptureFixture[str]) -> None
 
 WITHOUT = """
 import sys
-module, command = sys.argv[1:]
+module, *arguments = sys.argv[1:]
 for name in [name for name in sys.modules if name.partition(".")[0] == module]:
     del sys.modules[name]
 sys.modules[module] = None
+import syncbn
 from syncbn.cli import main
-sys.exit(main([command]))
+sys.exit(main(arguments))
 """
 
 
 @pytest.mark.parametrize(
-    ("module", "command"),
+    ("module", "command", "extra"),
     [
-        ("rich", "demo"),
-        ("sklearn", "demo"),
-        ("matplotlib", "demo"),
+        ("rich", "demo", "demo"),
+        ("sklearn", "demo", "demo"),
+        ("matplotlib", "demo", "demo"),
+        ("rich", "check a:b", "cli"),
     ],
 )
-def test_a_missing_extra_is_one_line(module: str, command: str) -> None:
-    (done,) = execute(WITHOUT, module, command)
+def test_a_missing_extra_is_one_line(module: str, command: str, extra: str) -> None:
+    (done,) = execute(WITHOUT, module, *command.split())
     assert done.code == 1
     assert done.stdout == ""
-    assert done.stderr == f"syncbn: needs {module}: pip install 'syncbn[cli]'\n"
+    assert done.stderr == f"syncbn: needs {module}: pip install 'syncbn[{extra}]'\n"
 
 
 def test_a_rank_that_raises_shows_its_traceback(
@@ -190,6 +195,37 @@ def test_ctrl_c_leaves_nothing(demo: Callable[..., Running], whole_group: bool) 
     assert "Traceback" not in err
     assert err.endswith("syncbn demo: interrupted\n")
     running.assert_nothing_left()
+
+
+TORCH = """
+import os, signal, time
+os.kill(os.getpid(), signal.SIGINT)
+time.sleep(60)
+"""
+SCRIPT = "import sys; from syncbn.cli import main; sys.exit(main())"
+
+
+@pytest.mark.parametrize("name", ["-m", "syncbn", "program"])
+def test_ctrl_c_while_torch_is_imported(tmp_path: Path, name: str) -> None:
+    """One line of the command, started either way; elsewhere what it always was."""
+    (tmp_path / "torch.py").write_text(TORCH)
+    (tmp_path / name).write_text(SCRIPT)
+    source = Path(syncbn.__file__).parents[1]
+    ended = subprocess.run(
+        [sys.executable, *(["-m", "syncbn"] if name == "-m" else [str(tmp_path / name)]), "demo"],
+        env=os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{source}"},
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT,
+        check=False,
+    )
+    assert ended.stdout == ""
+    if name == "program":
+        assert ended.returncode == -signal.SIGINT
+        assert ended.stderr.endswith("KeyboardInterrupt\n")
+    else:
+        assert ended.returncode == 130
+        assert ended.stderr == "syncbn demo: interrupted\n"
 
 
 @needs_proc

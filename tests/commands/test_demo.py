@@ -18,7 +18,7 @@ import torch
 from support.processes import forked_launches
 
 if any(importlib.util.find_spec(name) is None for name in ("sklearn", "matplotlib", "rich")):
-    pytest.skip("needs the extra [cli]", allow_module_level=True)
+    pytest.skip("needs the extra [demo]", allow_module_level=True)
 
 from rich.console import Console
 

@@ -21,14 +21,23 @@ from support.mpijob import missing
 from support.paths import ROOT
 from support.processes import forked_launches
 from support.scripts import execute, run_script
-from syncbn.diagnose.check.command import add_options
+from syncbn.diagnose.bench.command import add_options as bench_options
+from syncbn.diagnose.check.command import add_options as check_options
 
 PAGES = [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")]
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
 
 # Packages of the extra [frameworks]: blocks that import one are skipped where it is missing.
-FRAMEWORKS = "accelerate", "deepspeed", "lightning", "mmengine", "monai", "pytorch_lightning"
+FRAMEWORKS = (
+    "accelerate",
+    "deepspeed",
+    "lightning",
+    "mmengine",
+    "monai",
+    "ptflops",
+    "pytorch_lightning",
+)
 
 
 def folders(page: Path) -> tuple[str, ...]:
@@ -64,10 +73,13 @@ MAKEFILE = (ROOT / "Makefile").read_text()
 EXTRAS = re.findall(r"^(\S+) = \[", (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
 
 
-def fits_check(words: list[str]) -> bool:
-    """Whether syncbn check takes these arguments."""
+OPTIONS = {"check": check_options, "bench": bench_options}
+
+
+def fits(command: str, words: list[str]) -> bool:
+    """Whether that command of syncbn takes these arguments."""
     parser = argparse.ArgumentParser(exit_on_error=False)
-    add_options(parser, lambda least: int)
+    OPTIONS[command](parser, lambda least: int)
     parser.add_argument("--json", action="store_true")
     try:
         parser.parse_args(words)
@@ -78,7 +90,9 @@ def fits_check(words: list[str]) -> bool:
 
 def unknown_in(line: str) -> str | None:
     """What this line of a shell block names that isn't here; the line itself if it runs nothing."""
-    command, *words = shlex.split(line.replace("python -m syncbn", "syncbn"), comments=True) or [""]
+    for long, short in (("python -m syncbn", "syncbn"), ("uv pip", "pip")):
+        line = line.replace(long, short)
+    command, *words = shlex.split(line, comments=True) or [""]
     scripts = [word for word in words if word.endswith(".py")]
     if command == "make":
         missing = [word for word in words if not re.search(rf"^{word}:", MAKEFILE, re.MULTILINE)]
@@ -87,11 +101,13 @@ def unknown_in(line: str) -> str | None:
         extras = [extra for word in packages for extra in re.findall(r"\[(\w+)\]", word)]
         missing = [extra for extra in extras if extra not in EXTRAS]
         missing += [line] if words[:1] != ["install"] or not packages else []
+    elif command == "git":
+        missing = [line] if words != ["clone", "https://github.com/syncbn/syncbn"] else []
     elif command == "syncbn":
-        arguments = {"demo": 0, "check": 1, "info": 0, "trace": 1}
+        arguments = {"demo": 0, "check": 1, "bench": 0, "info": 0, "trace": 1}
         missing = [word for word in words[:1] if word not in arguments]
-        if words[:1] == ["check"] and fits_check(words[1:]):
-            words = words[:2]
+        if words and words[0] in OPTIONS and fits(words[0], words[1:]):
+            words = words[: 1 + arguments[words[0]]]
         missing = missing or words[1 + arguments.get("".join(words[:1]), 0) :]
     elif command in ("torchrun", "mpiexec", "python"):
         missing = [script for script in scripts if not (ROOT / script).exists()]
@@ -112,8 +128,10 @@ def test_commands_of_shell_blocks_exist(text):
     "line",
     [
         *("make nonsense", "pip install", "pip install 'syncbn[nonsense]'", "syncbn nonsense"),
+        *("uv pip install '.[nonsense]'", "git pull"),
         *("syncbn info nonsense", "syncbn trace folder nonsense"),
         *("syncbn check a:b --nonsense", "syncbn check a:b --ranks two", "syncbn check a:b c:d"),
+        *("syncbn bench --nonsense", "syncbn bench --shape two", "syncbn bench surplus"),
         *("torchrun --standalone examples/nonsense.py", "python", "a sentence about syncbn"),
     ],
 )
@@ -121,19 +139,47 @@ def test_a_command_that_does_not_exist_is_noticed(line):
     assert unknown_in(line) is not None
 
 
-def test_links_between_pages_lead_somewhere():
-    for page in PAGES:
-        for target in re.findall(r"\]\(([^)#]+)", page.read_text()):
-            if not target.startswith("http"):
-                assert (page.parent / target).exists(), f"{page.name}: {target}"
+LINK = re.compile(r"\]\(([^)#\s]*)(?:#([^)\s]+))?\)")
+# Addresses of the project, by which the README finds its pages and pictures from anywhere
+OURS = re.compile(
+    r"https://(?:github\.com/syncbn/syncbn/(?:blob|tree)/main"
+    r"|raw\.githubusercontent\.com/syncbn/syncbn/main|syncbn\.github\.io/syncbn)/(.*)"
+)
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
-def test_links_within_a_page_lead_to_a_heading(page):
-    text = page.read_text()
-    titles = re.findall(r"^#+ (.+)$", BLOCK.sub("", text), re.MULTILINE)
-    anchors = {re.sub(r"[^\w\- ]", "", title).lower().replace(" ", "-") for title in titles}
-    assert set(re.findall(r"\]\(#([^)]+)\)", text)) <= anchors
+def linked(page: Path) -> list[tuple[Path, str]]:
+    """The files of the project that a page links to, each with the anchor in it, or ""."""
+    found = []
+    for target, anchor in LINK.findall(BLOCK.sub("", page.read_text())):
+        if ours := OURS.fullmatch(target):
+            found.append((ROOT / (ours[1] or "docs/index.md"), anchor))
+        elif not target.startswith("http"):
+            found.append((page.parent / target if target else page, anchor))
+    return found
+
+
+def anchors(page: Path) -> set[str]:
+    """As GitHub and the site make them of headings."""
+    titles = re.findall(r"^#+ (.+)$", BLOCK.sub("", page.read_text()), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title).lower().replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_to_files_and_headings(page):
+    for target, anchor in linked(page):
+        assert target.exists(), target
+        assert not anchor or anchor in anchors(target), f"{target}#{anchor}"
+
+
+def test_the_readme_stands_alone():
+    """On a package's index there is no other file: every link and picture is absolute."""
+    text = (ROOT / "README.md").read_text()
+    assert len(text.splitlines()) < 150
+    targets = {target for target, _ in LINK.findall(text)}
+    assert all(target.startswith("https://") for target in targets)
+    assert len(linked(ROOT / "README.md")) > 20
+    for outside in sorted(targets):
+        assert OURS.fullmatch(outside), f"{outside}: say in a page, not in the README"
 
 
 MODULES = [
@@ -145,7 +191,6 @@ MODULES = [
             (
                 *("syncbn.cli", "syncbn.demo", "syncbn.lib", "syncbn.kernels.triton."),
                 "syncbn.integrations.",  # shown in tests/frameworks, beside their packages
-                "syncbn.diagnose.check.progress",
             )
         )
     ),

@@ -16,8 +16,8 @@ from syncbn.kernels import native
 SAYS = (
     "syncbn trains tensors on the CPU with plain torch operations, which are slower than its "
     "compiled ones: libsyncbn.so was not built with this installation: c++: error: no such thing; "
-    "with g++ 11 or newer, or clang 14 or newer, and torch 2.10 or newer, install syncbn again "
-    'with --no-build-isolation (README.md, "Install"). To do without a warning, set '
+    "with torch 2.10 or newer and g++ 11 or clang 14, or newer, installed, run 'pip install what' "
+    "(https://syncbn.github.io/syncbn/install.html). To do without a warning, set "
     "SYNCBN_KERNELS=composite"
 )
 
@@ -25,7 +25,7 @@ SAYS = (
 @pytest.fixture
 def warned(monkeypatch, tmp_path):
     """The warnings so far of a process that has no library and has trained nothing."""
-    (tmp_path / "libsyncbn.txt").write_text("c++: error: no such thing\n")
+    (tmp_path / "libsyncbn.txt").write_text("c++: error: no such thing\npip install what\n")
     monkeypatch.setattr(library, "LIBRARY", tmp_path / "libsyncbn.so")
     monkeypatch.setattr(library, "WHY_NOT", tmp_path / "libsyncbn.txt")
     monkeypatch.setattr(native, "_load", native._load.__wrapped__)

@@ -17,7 +17,8 @@ SOURCE = Path(syncbn.__file__).parent
 CSRC = ROOT / "csrc"
 # From the ground up. A room imports from rooms on floors below its own, never from its own floor.
 FLOORS = (
-    {"_version", "library", "tensors"},
+    {"_interrupts", "_version", "library", "pictures", "progress", "tensors"},
+    {"versions"},
     {"numerics"},
     {"comm", "kernels"},
     {"step"},
@@ -46,9 +47,10 @@ ROOMS = {
         {"layout", "steps"},
     ),
     "step": (
+        {"nested"},
         {"checks", "collectives", "identity", "masked", "mode"},
         {"accumulation"},
-        {"derivatives", "records", "speaker", "tracking"},
+        {"derivatives", "profiling", "records", "speaker", "tracking"},
         {"as_torch", "exchange", "transformed"},
         {"function"},
         {"dtensors", "fused", "replicas"},
@@ -56,7 +58,7 @@ ROOMS = {
     ),
     "layers": ({"copies", "functional"}, {"modules"}, {"lazy"}),
     "diagnose": (
-        {"agreement", "progress", "traces"},
+        {"agreement", "traces"},
         {"buffers", "desync", "recalibrate"},
     ),
     "diagnose/monitor": (
@@ -67,7 +69,7 @@ ROOMS = {
         {"monitor"},
     ),
     "diagnose/check": (
-        {"capture", "differences", "options", "progress", "words"},
+        {"capture", "differences", "options", "words"},
         {"build", "observe"},
         {"train"},
         {"compare"},
@@ -77,13 +79,29 @@ ROOMS = {
         {"page", "supervise"},
         {"command", "run"},
     ),
+    "diagnose/bench": (
+        {"naive", "options", "timing"},
+        {"finding", "measure"},
+        {"figures"},
+        {"report"},
+        {"picture", "run"},
+        {"command"},
+    ),
     "batches": ({"nested"}, {"empty", "scatter", "transfer"}, {"uneven"}),
     "models": (
-        {"graphs", "names", "quantisation", "registry", "replaced", "replicate"},
-        {"data_parallel", "freezing", "masking"},
-        {"measuring"},
+        {"becoming", "graphs", "names", "quantisation", "registry", "replaced", "replicate"},
+        {"data_parallel", "freezing", "inputs", "masking", "plan"},
+        {"measuring", "revert", "words"},
         {"accumulating"},
         {"convert"},
+    ),
+    "models/known": (
+        {"fronts", "rules"},
+        {
+            *("apex", "detectron2", "inplace_abn", "openmmlab", "sparse", "spikingjelly"),
+            *("timm", "torch_geometric", "torchvision"),
+        },
+        {"table"},
     ),
 }
 # torch's name for convert() is a classmethod of the layer: it calls upwards, when called.

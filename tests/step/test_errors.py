@@ -168,7 +168,7 @@ def test_an_eps_that_is_not_finite(eps):
     [
         ("sparse_coo", torch.Tensor.to_sparse),
         ("sparse_csr", lambda x: x[..., 0].to_sparse_csr()),
-        ("nested", lambda x: torch.nested.nested_tensor(list(x), layout=torch.jagged)),
+        ("nested", lambda x: torch.nested.as_nested_tensor(list(x))),
         ("mkldnn", torch.Tensor.to_mkldnn),
     ],
 )
@@ -253,3 +253,13 @@ def test_a_single_value_per_channel_over_all_ranks():
     for name, value in syncbn.SyncBatchNorm(3).state_dict().items():
         assert torch.equal(layer.state_dict()[name], value)
     layer(torch.ones(2, 3, 1, 1))
+
+
+def test_group_and_process_group_are_one_option():
+    x = torch.randn(4, 3)
+    expected = syncbn.sync_batch_norm(x, None, None, group=EmptyPeer())
+    assert torch.equal(syncbn.sync_batch_norm(x, None, None, process_group=EmptyPeer()), expected)
+    with pytest.raises(TypeError, match=r"^process_group: got int; "):
+        syncbn.sync_batch_norm(x, None, None, process_group=3)
+    with pytest.raises(ValueError, match=r"expected group or process_group, two names of one"):
+        syncbn.sync_batch_norm(x, None, None, group=Silent(), process_group=Silent())

@@ -163,3 +163,65 @@ def test_a_communicator_that_lies_about_its_size(operation):
     )
     with pytest.raises(RuntimeError, match=said):
         step()
+
+
+WRONG = {
+    "dimensions": torch.ones(2, 3, 4, 5, 6),
+    "channels": torch.ones(2, 4),
+    "dtype": torch.ones(2, 3, dtype=torch.int32),
+    "one value": torch.ones(1, 3),
+    "no tensor": [1.0],
+}
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("case", WRONG)
+def test_refusals_name_the_layer_in_the_model_that_runs_it(case, training):
+    if case == "one value" and not training:
+        pytest.skip("one value is enough in eval mode")
+    layers = syncbn.SyncBatchNorm1d(3), syncbn.LazySyncBatchNorm1d(), nn.BatchNorm1d(3)
+    for layer in layers:
+        model = nn.Sequential(nn.Identity(), nn.ModuleDict({"norm": layer}).norm).train(training)
+        if type(layer) is nn.BatchNorm1d:
+            syncbn.convert(model)
+            model = model[1]  # known by convert's name, whatever runs it
+        elif "Lazy" in type(layer).__name__ and case == "channels":
+            continue  # which it takes them from
+        with pytest.raises((TypeError, ValueError), match=r"; in layer '1'$"):
+            model(WRONG[case])
+    with pytest.raises((TypeError, ValueError)) as caught:
+        syncbn.SyncBatchNorm1d(3).train(training)(WRONG[case])  # in no model
+    assert "in layer" not in str(caught.value)
+
+
+def test_refusals_of_masks_name_the_layer_once():
+    model = syncbn.convert(network())
+    with pytest.raises(ValueError, match=r"one mask serves all channels; in layer '0'$"):
+        model[0](torch.ones(2, 2), torch.ones(3, dtype=torch.bool))
+    with (
+        syncbn.masking(model, torch.ones(3, dtype=torch.bool)),
+        pytest.raises(ValueError, match=r"^masking: layer '0': ") as caught,
+    ):
+        model[0](torch.ones(2, 2))
+    assert str(caught.value).count("layer '0'") == 1
+
+
+def test_other_ranks_hear_which_layer_refused(ranks):
+    def run(rank):
+        model = syncbn.convert(network())
+        with pytest.raises((ValueError, RuntimeError)) as caught:
+            model[0](torch.ones(4, 2 + rank))
+        return str(caught.value)
+
+    told, refused = ranks(2, run)
+    assert "rank 1 gave up" in told
+    for text in told, refused:
+        assert "must equal the layer's num_features; in layer '0'" in text
+
+
+def test_what_this_process_is_shown_is_not_what_ranks_compare():
+    layer = syncbn.SyncBatchNorm1d(3)
+    before = identity_of(layer)
+    with pytest.raises(ValueError, match="in layer '1'"):
+        nn.Sequential(nn.Identity(), layer)(torch.ones(2, 4))
+    assert identity_of(layer) == before

@@ -1,4 +1,4 @@
-"""The table of transforms in docs/training.md: every cell is what happens."""
+"""The table of transforms in docs/guides/transforms.md: every cell is what happens."""
 
 from __future__ import annotations
 
@@ -14,9 +14,8 @@ import syncbn
 from support.paths import ROOT
 from support.transforms import TRANSFORMS
 
-PAGE = ROOT / "docs" / "training.md"
-SECTION = PAGE.read_text().split("## torch.func")[1].split("\n## ")[0]
-ROWS = re.findall(r"^\| (.+?) \| (\w.*?) \| (\w.*?) \|$", SECTION, re.MULTILINE)[1:]
+PAGE = (ROOT / "docs" / "guides" / "transforms.md").read_text()
+ROWS = re.findall(r"^\| (.+?) \| (\w.*?) \| (\w.*?) \|$", PAGE, re.MULTILINE)[1:]
 # Row → what shows it on one process, and over ranks
 SHOWN = {
     "`torch.func.grad`, `vjp`": (["grad", "vjp"], ["grad", "vjp", "grad_of_grad"]),

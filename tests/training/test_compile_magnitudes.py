@@ -131,7 +131,7 @@ def test_one_process_with_wider_statistics(backend):
     ("dtype", "deviation"), [(torch.float32, 1e12), (torch.float32, 1e25), (torch.float64, 1e200)]
 )
 def test_one_process_with_torchs_operator_is_as_torchs(backend, dtype, deviation):
-    """Also where that leaves the range, as docs/training.md says: the bias."""
+    """Also where that leaves the range, as docs/guides/amp.md says: the bias."""
     x = (torch.randn(6, 3, 4, dtype=torch.float64) * deviation).to(dtype)
     layer, plain = (kind(3, dtype=dtype) for kind in (syncbn.SyncBatchNorm, torch.nn.BatchNorm1d))
     call, _ = compiled(layer, backend)

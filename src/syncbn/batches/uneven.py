@@ -53,13 +53,21 @@ def until_all_done(
 
     Returns:
         An iterable of batches, anew in each epoch. In the loop its attributes ``samples`` (all
-        ranks' samples in this step) and ``scale`` are this step's.
+        ranks' samples in this step) and ``scale`` are this step's. Its ``len()`` is for progress
+        bars: this rank's ``len(loader)``, or the steps of the last whole epoch where those were
+        more. It asks no other rank, so that one rank alone may show a bar, and until the end of
+        the first epoch ranks may have different ones: for schedules of the learning rate, which
+        ranks must share, take the largest of all ranks'.
 
     Raises:
-        Whatever ``loader`` raises, in its rank; then, in the same step, RuntimeError on the
-        other ranks, which names that rank. TypeError, ValueError: batches of another kind without
-        ``empty`` and ``count``; wrong arguments; on every rank, an empty batch that a rank without
-        any needs and that cannot travel. EmptyBatchError (a RuntimeError): see ``model``.
+        Exception: whatever ``loader`` raises, in its rank; then, in the same step, RuntimeError on
+            the other ranks, which names that rank.
+        TypeError, ValueError: batches of another kind without ``empty`` and ``count``; wrong
+            arguments; on every rank, an empty batch that a rank without any needs and that cannot
+            travel.
+        EmptyBatchError: a RuntimeError, see ``model``.
+
+    ``len()`` of a loader that has none is its TypeError.
 
     Every rank must leave the loop at the same step: a rank that breaks out of it, or raises in its
     body, leaves the others waiting until it ends or the process group's timeout.
@@ -107,6 +115,13 @@ class Steps(Generic[BatchT]):
         self._loader, self._process_group, self._model = loader, process_group, model
         self._empty, self._count = empty, count
         self._template: list[BatchT] = []  # one batch without samples, once there is one
+        self._steps = 0  # of the last whole epoch, the same on all ranks
+
+    def __len__(self) -> int:
+        return max(len(self._loader), self._steps)  # type: ignore[arg-type]
+
+    def __bool__(self) -> bool:
+        return True  # a rank without batches of its own takes part
 
     def __iter__(self) -> Iterator[BatchT]:
         comm = resolve(self._process_group)
@@ -119,6 +134,7 @@ class Steps(Generic[BatchT]):
                     raise content
                 _check_failures(comm, said, step)
                 if not any(row[0] == _READY for row in said):
+                    self._steps = step
                     return
                 self.samples = int(sum(row[1] for row in said))
                 self.scale = comm.size / self.samples if self.samples else 0.0

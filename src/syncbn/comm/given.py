@@ -18,6 +18,7 @@ from .headers import NOBODY, Caller
 from .process_group import ProcessGroup
 
 _AVAILABLE = dist.is_available()
+_NEVER_NONE = torch.torch_version.TorchVersion(torch.__version__) < "2.12"
 _REMEDY = (
     "pass None (the default group), a torch.distributed group that this rank belongs to, "
     "a one-dimensional DeviceMesh or a syncbn.comm.Communicator"
@@ -75,7 +76,8 @@ def _is_opaque(tensor: Tensor) -> bool:
 def default_group() -> ProcessGroup | None:
     """The default group, or None where torch.distributed is missing or not initialised."""
     world = dist.group.WORLD if _AVAILABLE else None
-    if world is None:
+    # Before torch 2.12 what torch.compile sees there is never None, even where there is no group.
+    if world is None or (_NEVER_NONE and not dist.is_initialized()):
         return None
     return _Traced(*_facts(world)) if torch.compiler.is_compiling() else ProcessGroup(world)
 

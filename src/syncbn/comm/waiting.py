@@ -166,7 +166,8 @@ class Waiting:
             with suppress(Warning):  # an error by the user's filters would be one on this rank
                 warnings.warn(
                     f"{self._who} has waited {waited:.0f} s in call {number}: {text}; {missing} "
-                    f"not arrived. It will wait for {limit - waited:.0f} s more: see docs/hangs.md",
+                    f"not arrived. It will wait for {limit - waited:.0f} s more: see "
+                    "https://syncbn.github.io/syncbn/hangs.html",
                     stacklevel=2,
                 )
 

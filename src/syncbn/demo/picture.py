@@ -26,11 +26,6 @@ _NAMES = {
 }
 
 
-def writable_formats() -> frozenset[str]:
-    """The file name extensions, without the dot, that a picture can have."""
-    return frozenset(FigureCanvasAgg.get_supported_filetypes())
-
-
 def draw(report: Report, path: Path) -> None:
     """Write validation accuracy against epochs, three curves, to ``path``."""
     figure = Figure(figsize=(8, 5), dpi=150, layout="constrained")

@@ -1,32 +1,20 @@
-"""A progress bar per arm, on standard error: standard output is for results."""
+"""A progress bar per arm."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
-from rich.progress import Progress as Bars
-
+from ..progress import bars
 from .options import ARMS, Arm, DemoOptions
 from .train import Progress
 
 
 @contextmanager
-def bars(options: DemoOptions) -> Iterator[Callable[[Arm, Progress], None]]:
+def arm_bars(options: DemoOptions) -> Iterator[Callable[[Arm, Progress], None]]:
     """Shows the bars while open; yields what :func:`syncbn.demo.run.run` calls on progress."""
     steps = options.epochs * options.steps_per_epoch
-    shown = Bars(
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=24),
-        MofNCompleteColumn(),
-        TextColumn("steps"),
-        TimeElapsedColumn(),
-        TextColumn("{task.fields[accuracy]}"),
-        console=Console(stderr=True),
-        refresh_per_second=5,
-    )
+    shown = bars("steps", after="{task.fields[accuracy]}")
     tasks = {arm: shown.add_task(arm.label, total=steps, start=False, accuracy="") for arm in ARMS}
 
     def on_progress(arm: Arm, progress: Progress) -> None:

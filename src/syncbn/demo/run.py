@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import platform
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import torch
-
 from .. import launch
-from .._version import __version__
+from ..versions import versions
 from . import train
 from .data import Digits
 from .options import ARMS, WHOLE, Arm, DemoOptions
@@ -64,15 +61,6 @@ def run(
         seconds=time.perf_counter() - start,
         versions=versions(),
     )
-
-
-def versions() -> dict[str, str]:
-    """Of syncbn and what its results depend on."""
-    return {
-        "syncbn": __version__,
-        "torch": str(torch.__version__),
-        "python": platform.python_version(),
-    }
 
 
 def weight_difference(outcome: Outcome, reference: Outcome) -> float:

@@ -23,8 +23,8 @@ from ..models.measuring import (
     statistics_kept,
 )
 from ..numerics.moments import Moments, merge, unpack
+from ..progress import check_progress, step_bar
 from .agreement import check_alike, check_model, rows_of_all
-from .progress import bar, check_progress
 
 
 def recalibrate(
@@ -74,8 +74,8 @@ def recalibrate(
         ValueError: lazy layers without input; on every rank alike, layers that differ between
             ranks, or no batch on any rank.
         ImportError: ``progress`` without rich.
-        Whatever the model or ``batches`` raises; the other ranks then get an error that names this
-        rank.
+        Exception: whatever the model or ``batches`` raises; the other ranks then get an error that
+            names this rank.
 
     Source: "precise BatchNorm", Wu & Johnson 2021, https://arxiv.org/abs/2105.07576;
     https://docs.pytorch.org/docs/stable/generated/torch.optim.swa_utils.update_bn.html
@@ -102,7 +102,7 @@ def recalibrate(
     if not layers:
         return
     try:
-        with bar("recalibrate", _length(batches), progress and comm.rank == 0) as advance:
+        with step_bar("recalibrate", _length(batches), progress and comm.rank == 0) as advance:
             steps, own = _measured(model, layers, _in_step(model, batches, comm), advance)
     except Exception as error:
         if isinstance(comm, Framed) and comm.size > 1:

@@ -11,7 +11,8 @@ from typing import Any
 import torch.nn as nn
 
 from ..layers.modules import SyncBatchNorm
-from ..models.convert import convert, revert
+from ..models.convert import convert
+from ..models.revert import revert
 
 # Two packages with the same content, each of which knows its own classes alone.
 _PACKAGES = ("lightning.pytorch", "pytorch_lightning")

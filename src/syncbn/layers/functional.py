@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from ..kernels import Affine, Running
-from ..step.dispatch import normalise
+from ..step.dispatch import normalise, tell_others
 from ..step.records import Options
 
 
@@ -22,6 +22,7 @@ def sync_batch_norm(
     eps: float = 1e-5,
     *,
     group: Any = None,
+    process_group: Any = None,
     mask: Tensor | None = None,
     reproducible: bool = False,
 ) -> Tensor:
@@ -43,7 +44,9 @@ def sync_batch_norm(
 
     Args:
         input: (N, C, *) of any strides; N may be 0 and may differ between ranks. A DTensor is the
-            whole batch, without a mask and not ``reproducible``.
+            whole batch, without a mask and not ``reproducible``. A nested tensor of layout
+            torch.jagged, (N, C, *) with a ragged dimension after the channels, counts as its
+            values, of all samples together; it takes no mask.
         running_mean, running_var: (C,) or None. In training they become, in place,
             ``(1 − momentum)·old + momentum·new``, where new are the mean and the *unbiased*
             variance of the whole batch.
@@ -53,6 +56,7 @@ def sync_batch_norm(
         eps: > 0, added to the variance.
         group: None (the default group, if one is initialised), a torch.distributed group, a
             one-dimensional DeviceMesh or a :class:`syncbn.comm.Communicator`.
+        process_group: the layers' name for ``group``; one of the two.
         mask: (N, *) bool or None. Only positions where it is True count, over all ranks; elsewhere
             output and gradient are zero, whatever ``input`` holds there. One mask for all channels
             (:func:`syncbn.mask_from_lengths` makes one of padded sequences); may be all False, and
@@ -63,13 +67,15 @@ def sync_batch_norm(
             rows of features; proof: :mod:`syncbn.numerics.reproducible`.
 
     Returns:
-        A tensor of ``input``'s shape, dtype and memory format.
+        A tensor of ``input``'s shape, dtype and memory format; nested where that is, with the same
+        offsets.
 
     Raises:
-        TypeError: tensors of other dtypes, or none, or a ``group`` of another type.
+        TypeError: tensors of other dtypes or layouts, or none, or a ``group`` of another type.
         ValueError: fewer than two dimensions or more than 64, no channels, sizes or devices that
-            don't match, ``momentum`` or ``eps`` out of range, a group without this rank; on every
-            rank alike, a single value per channel over all ranks (on a device at a later call).
+            don't match, ``momentum`` or ``eps`` out of range, a group without this rank, ``group``
+            and ``process_group`` both, a mask beside a nested tensor; on every rank alike, a
+            single value per channel over all ranks (on a device at a later call).
         RuntimeError: a tensor whose storage was freed, here or in backward; training inside
             DistributedDataParallel's ``join()``.
 
@@ -82,5 +88,14 @@ def sync_batch_norm(
         >>> bool(y.mean((0, 2, 3)).abs().max() < 1e-6)
         True
     """
+    if process_group is not None:
+        if group is not None:
+            error = ValueError(
+                "sync_batch_norm: expected group or process_group, two names of one option, got "
+                "both; leave one of them out"
+            )
+            tell_others(group, error)
+            raise error
+        group = process_group
     affine, running = Affine(weight, bias), Running(running_mean, running_var, None, momentum)
     return normalise(input, affine, running, Options(training, eps, group, reproducible), mask)

@@ -9,7 +9,7 @@ from torch.nn.modules.batchnorm import _LazyNormBase
 from torch.nn.parameter import UninitializedBuffer, is_lazy
 
 from ..step.checks import check_input
-from ..step.dispatch import tell_others
+from ..step.dispatch import name_layer_of, tell_others
 from .modules import SyncBatchNorm, SyncBatchNorm1d, SyncBatchNorm2d, SyncBatchNorm3d
 
 if TYPE_CHECKING:
@@ -47,6 +47,7 @@ class LazySyncBatchNorm(_LazyNormBase, SyncBatchNorm):
             check_input(input)
             self._check_input_dim(input)
         except Exception as error:
+            name_layer_of(error, self)
             if self.training:
                 tell_others(self.process_group, error)
             raise

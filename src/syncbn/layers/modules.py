@@ -50,7 +50,8 @@ class SyncBatchNorm(Copied):
             batches; state dicts leave it out. Traced and exported layers don't have the option.
 
     Shape:
-        input: (N, C, *), N may be 0 on some ranks. mask, optional: (N, *), bool, True where a
+        input: (N, C, *), N may be 0 on some ranks; jagged nested tensors with a ragged dimension
+        after the channels, too. mask, optional: (N, *), bool, True where a
         position counts. Output: (N, C, *), of the input's dtype and memory format.
 
     Raises:

@@ -15,7 +15,7 @@ from ..batches.empty import forget_original
 from ..batches.scatter import gather, scatter
 from ..comm import LOCAL, Replica, ReplicaGroup, resolve
 from ..layers.modules import SyncBatchNorm
-from ..tensors.transforms import transforming
+from ..tensors.transforms import exporting, transforming
 from .replicate import place, replicate
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
@@ -104,7 +104,7 @@ class DataParallel(nn.DataParallel[ModuleT]):
         devices = self.devices
         if not devices:
             return self.module(*inputs, **kwargs)
-        if len(devices) > 1 and (torch.jit.is_tracing() or torch.compiler.is_exporting()):  # type: ignore[attr-defined, no-untyped-call]
+        if len(devices) > 1 and (torch.jit.is_tracing() or exporting()):  # type: ignore[attr-defined, no-untyped-call]
             raise RuntimeError(_TRACED)
         over_ranks = _check(self.module, devices[0])
         # Threads are in no transform of torch.func. Without input there is nothing to do in them.

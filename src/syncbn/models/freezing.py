@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 import torch.nn as nn
 
-from .names import names_of_modules
+from .names import check_module, check_where, names_of_modules
 from .registry import is_candidate
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
@@ -127,16 +127,11 @@ def unfreeze(module: ModuleT, where: Callable[[str, nn.Module], bool] | None = N
 
 
 def _chosen(
-    operation: str, module: object, where: Callable[[str, nn.Module], bool] | None
+    operation: str, module: nn.Module, where: Callable[[str, nn.Module], bool] | None
 ) -> Sequence[tuple[str, Any]]:
     """The BatchNorm layers of a model that where chooses, each with its first name."""
-    if not isinstance(module, nn.Module):
-        raise TypeError(f"{operation}: expected a torch.nn.Module, got {type(module).__name__}")
-    if where is not None and not callable(where):
-        raise TypeError(
-            f"{operation}: expected where to be a function of a layer's name and the layer, got "
-            f"{type(where).__name__}"
-        )
+    check_module(operation, module)
+    check_where(operation, where)
     return [
         (names[0], layer)
         for layer, names in names_of_modules(module).items()

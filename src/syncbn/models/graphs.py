@@ -24,11 +24,23 @@ def compiled_batch_norms(model: nn.Module) -> Iterator[tuple[str, nn.Module, str
             inside = [child for child in module.modules() if child is not module]
             if _runs_one(module) and not any(map(_runs_one, inside)):
                 yield name, module, f"{module.original_name} in {type(module).__qualname__}"
-        graph = vars(module).get("_graph", vars(module).get("graph"))
+        graph = _graph_of(module)
         if isinstance(graph, Graph):
             kind = GraphModule if isinstance(module, GraphModule) else type(module)
             for node in filter(_is_one, graph.nodes):
                 yield _place(name, node), module, f"{_spelled(node.target)} in {kind.__name__}"
+
+
+def has_graphs(model: nn.Module) -> bool:
+    """Whether a part of it is a compiled graph, whatever that does."""
+    return any(
+        isinstance(module, torch.jit.ScriptModule) or isinstance(_graph_of(module), Graph)
+        for module in model.modules()
+    )
+
+
+def _graph_of(module: nn.Module) -> Any:
+    return vars(module).get("_graph", vars(module).get("graph"))
 
 
 def _runs_one(module: Any) -> bool:

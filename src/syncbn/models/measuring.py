@@ -15,13 +15,13 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from ..kernels import FLOATING, select_kernels
-from ..layers.modules import SyncBatchNorm
 from ..numerics.moments import Merged
-from ..step.masked import check_mask, resolve_mask, select_valid
+from ..step.masked import select_valid
 from ..step.tracking import skips_nonfinite
 from ..tensors.recomputation import recomputing
 from ..tensors.storages import is_dtensor
 from .freezing import is_frozen
+from .inputs import input_of, mask_of
 from .registry import is_candidate
 
 
@@ -106,7 +106,7 @@ class _Hook:
         copied = layer is not self.own and not getattr(layer, "_is_replica", False)
         if copied or not layer.training or recomputing():
             return
-        x: Any = args[0] if args else kwargs.get("input")
+        x = input_of(layer, args, kwargs)
         if is_dtensor(x):
             raise TypeError(
                 f"{self.operation}: expected plain tensors as input of layer {self.name!r}, got a "
@@ -114,24 +114,12 @@ class _Hook:
             )
         if not _is_fit(layer, x):
             return
-        mask = kwargs.get("mask", args[1] if len(args) > 1 else None)
-        x = _counting(layer, x.detach(), mask)
+        mask, x = mask_of(layer, args, kwargs, x), x.detach()
+        x = x if mask is None else select_valid(x, mask)[0]
         packed = select_kernels(x).steps.measure(x)
         if skips_nonfinite(layer):
             packed = torch.where(packed.isfinite().all(), packed, 0)
         self.measured.add(packed)
-
-
-def _counting(layer: Any, x: Tensor, mask: Any) -> Tensor:
-    """The values of x (N, C, *) that count, which may be (V, C)."""
-    if not isinstance(layer, SyncBatchNorm):
-        return x
-    if mask is None and layer._mask_sources:
-        mask = resolve_mask(layer._mask_sources, x)
-    if not isinstance(mask, Tensor):
-        return x
-    check_mask(mask, x)
-    return select_valid(x, mask)[0]
 
 
 def _is_fit(layer: Any, x: Any) -> bool:

@@ -1,8 +1,8 @@
-"""Which class converts to which, and back: torch's layers, and what users register."""
+"""Which class converts to which, and back: torch's, what users register, and other libraries'."""
 
 from __future__ import annotations
 
-from collections.abc import Container
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Generic
 
@@ -11,6 +11,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..layers import lazy, modules
 from ..layers.modules import SyncBatchNorm
+from .known.rules import Rule
+from .known.table import rule_of
 
 _TARGETS: dict[type[nn.Module], type[SyncBatchNorm]] = {
     nn.BatchNorm1d: modules.SyncBatchNorm1d,
@@ -48,7 +50,8 @@ def register_conversion(source: type[nn.Module], target: type[SyncBatchNorm]) ->
     Layers of class ``source`` (and of subclasses that add nothing but a constructor) become
     ``target`` by assignment to ``__class__``: ``target``'s methods find ``source``'s attributes.
     :func:`syncbn.revert` assigns ``source`` back. A later registration of the same class
-    replaces the earlier one.
+    replaces the earlier one, and any replaces what convert knows of timm's and other libraries'
+    classes by their names.
 
     Args:
         source: the class that models contain.
@@ -78,34 +81,61 @@ def register_conversion(source: type[nn.Module], target: type[SyncBatchNorm]) ->
 
 @dataclass(frozen=True)
 class Origin:
-    """What a layer is to revert to: its class, the class it got, the group it had."""
+    """What a layer is to revert to: its class, the class it got, the group it had, if any."""
 
     source: type[nn.Module]
     target: type[nn.Module]
     process_group: Any = None
+    had_group: bool = False
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Origin:
         return self
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Origin, (self.source, self.target)  # a pickle carries no group
+        return Origin, (self.source, self.target, None, self.had_group)  # a pickle carries no group
 
 
 def is_candidate(layer: nn.Module) -> bool:
-    """Whether convert must decide about ``layer``: a BatchNorm, or of a registered class."""
-    return isinstance(layer, (_BatchNorm, *_TARGETS))
+    """Whether convert must decide about ``layer``: a BatchNorm, or of a class that it knows."""
+    return isinstance(layer, (_BatchNorm, *_TARGETS)) or any(map(rule_of, type(layer).__mro__))
 
 
 def target_of(cls: type) -> type[SyncBatchNorm] | None:
     """What layers of class ``cls`` become; None where that would change their behaviour."""
-    source = _differs_by_constructor_only(cls, _TARGETS)
-    if source is not None:
+    source = _differs_by_constructor_only(cls, _is_source)
+    if source in _TARGETS:
         return _TARGETS[source]
+    if source is not None:
+        rule = rule_of(source)
+        return None if rule is None or rule.misfit(source) else rule.target(source)
     if not _is_sharded(cls):
         return None
     sharding, inner = cls.__bases__
     target = target_of(inner)
     return target and _sharded(cls, sharding, target)
+
+
+def known_rule(layer: nn.Module) -> tuple[Rule, type[nn.Module]] | None:
+    """The rule that makes a layer one of ours, and the class that it is for, if there is one."""
+    source = _differs_by_constructor_only(_inner(type(layer)), _is_source)
+    rule = None if source is None or source in _TARGETS else rule_of(source)
+    return None if rule is None else (rule, source)
+
+
+def normalised_by(layer: nn.Module, input: Any) -> Any:
+    """The values (N, C, *) of an input that a layer normalises, where its rule says which."""
+    rule = getattr(type(layer), "_rule", None) or next(iter(known_rule(layer) or ()), None)
+    return rule.view(layer, input) if isinstance(rule, Rule) else input
+
+
+def _is_source(cls: type) -> bool:
+    return cls in _TARGETS or rule_of(cls) is not None
+
+
+def _inner(cls: type) -> type:
+    """The layer's own class, of one that fully_shard made."""
+    inner: type = cls.__bases__[-1] if _is_sharded(cls) else cls
+    return inner
 
 
 def _is_sharded(cls: type) -> bool:
@@ -129,14 +159,14 @@ def default_origin(cls: type) -> Origin | None:
     sources: dict[type, type[nn.Module]] = {}
     for source, target in _TARGETS.items():
         sources.setdefault(target, source)
-    target = _differs_by_constructor_only(cls, sources)
+    target = _differs_by_constructor_only(cls, sources.__contains__)
     return None if target is None else Origin(sources[target], cls)
 
 
-def _differs_by_constructor_only(cls: type, known: Container[type]) -> Any:
-    """The first class in ``known`` that ``cls`` is or derives from without other behaviour."""
+def _differs_by_constructor_only(cls: type, known: Callable[[type], bool]) -> Any:
+    """The first class that is known and that ``cls`` is or derives from without other behaviour."""
     for base in cls.__mro__:
-        if base in known:
+        if known(base):
             added = (extra for extra in cls.__mro__ if extra not in base.__mro__)
             harmless = all(_HARMLESS.issuperset(vars(extra)) or extra is Generic for extra in added)
             return base if harmless else None

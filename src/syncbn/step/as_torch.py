@@ -14,7 +14,7 @@ from .records import Call
 def needs_own_kernels(call: Call) -> bool:
     """Whether torch's operator would refuse a batch in training, or do it wrongly."""
     mean, var, batches, momentum = call.running
-    if call.mask is not None or _mixes_dtypes(call.input, call.tensors):
+    if call.mask is not None or _mixes_dtypes(call.input, _per_channel(call)):
         return True
     if not call.mode.compiling:
         # A view that reads with the opposite sign: torch's operator would move a copy.
@@ -22,6 +22,11 @@ def needs_own_kernels(call: Call) -> bool:
     # torch's operator wants numbers that a graph does not have: a momentum, how many values.
     counting = momentum is None and batches is not None
     return not call.mode.silent and (counting or call.lengths is not None)
+
+
+def _per_channel(call: Call) -> tuple[Tensor | None, ...]:
+    """All (C,) tensors. No property of the record: torch 2.10 and 2.11 would break graphs at it."""
+    return call.running.mean, call.running.var, *call.affine
 
 
 def _mixes_dtypes(input: Tensor, tensors: Sequence[Tensor | None]) -> bool:
@@ -39,7 +44,7 @@ def _mixes_dtypes(input: Tensor, tensors: Sequence[Tensor | None]) -> bool:
 
 def normalise_as_torch(call: Call) -> Tensor:
     input, _, running, options, *_ = call
-    tensors = call.tensors
+    tensors = _per_channel(call)
     if _mixes_dtypes(input, tensors):
         wide = torch.float64 if input.dtype == torch.float64 else torch.float32
         tensors = tuple(None if t is None else t.to(wide) for t in tensors)

@@ -13,6 +13,7 @@ from torch.fx import Proxy
 from ..kernels import COUNTING, FLOATING, Affine, Running
 from ..tensors.storages import PLAIN, check_held, form_of, has_storage, is_dtensor, is_held
 from ..tensors.transforms import transforming
+from .nested import check_form
 
 if TYPE_CHECKING:
     from typing import NoReturn
@@ -79,11 +80,7 @@ def check_input(input: Tensor, compiling: bool | None = None) -> None:
             f"sync_batch_norm: expected floating-point input, {FLOATING_WORDS}, got {input.dtype}; "
             "convert it first, for example input.float()"
         )
-    if (form := form_of(input)) is not None:
-        raise TypeError(
-            f"sync_batch_norm: expected a dense tensor as input, got a {form} one; convert it "
-            "first, for example input.to_dense(), padded and with a mask where it is ragged"
-        )
+    check_form(input)
     if input.dim() < 2:
         raise ValueError(
             f"sync_batch_norm: expected at least 2D input (got {input.dim()}D input) of shape "
@@ -99,6 +96,8 @@ def check_input(input: Tensor, compiling: bool | None = None) -> None:
             f"sync_batch_norm: expected at most {MOST_DIMENSIONS} dimensions, as torch's sums, got "
             f"{input.dim()}; join some, for example input.flatten(2)"
         )
+    if input.is_nested:  # whose values are looked at by themselves
+        return
     if not (is_held(input) if compiling is None else compiling or has_storage(input)):
         check_held({"input": input})
 

@@ -7,16 +7,19 @@ from contextlib import suppress
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn as nn
 from torch import Tensor
+from torch.autograd import profiler
 
 from ..comm import LOCAL, Framed, Replica, refuse_join, resolve
+from ..comm.frames import DesyncError
 from ..kernels import Affine, Running
 from ..tensors.layout import (
     is_samplewise_contiguous,
     samplewise_contiguous,
     with_gradient_like,
 )
-from ..tensors.storages import is_dtensor
+from ..tensors.storages import PLAIN, is_dtensor
 from ..tensors.transforms import check_movable
 from .accumulation import find_accumulator
 from .as_torch import needs_own_kernels, normalise_as_torch
@@ -25,8 +28,11 @@ from .dtensors import check_options_of_dtensor, normalise_dtensor
 from .exchange import Exchange, ReproducibleExchange
 from .function import normalise_parts
 from .fused import find_fused, normalise_fused
+from .identity import name_in_model, name_layer
 from .masked import check_mask, scatter_valid, select_valid, zero_masked
 from .mode import Mode, find_mode
+from .nested import check_form, is_jagged, nested_like, packed_values
+from .profiling import profiled
 from .records import Call, Options, part_of
 from .replicas import normalise_replica
 from .speaker import speaking
@@ -48,11 +54,25 @@ def normalise(
     """
     mode = find_mode(input, options.training)
     try:
+        if profiler._is_profiler_enabled and not any(mode[:4]):
+            with profiled(options.layer, (input, *affine)) as outputs:
+                outputs.append(_normalise(input, affine, running, options, mode, mask, skipped))
+            return outputs[0]
         return _normalise(input, affine, running, options, mode, mask, skipped)
     except Exception as error:
-        if not (mode.silent or mode.compiling):
-            tell_others(options.group, error)
+        if not mode.compiling:
+            name_layer_of(error, options.layer)
+            if not mode.silent:
+                tell_others(options.group, error)
         raise
+
+
+def name_layer_of(error: Exception, layer: nn.Module | None) -> None:
+    """Let an error say in which layer of a model it is, where that is known."""
+    if isinstance(error, (TypeError, ValueError, RuntimeError)) and not isinstance(
+        error, DesyncError
+    ):
+        name_layer(error, name_in_model(layer))
 
 
 def tell_others(group: Any, error: Exception) -> None:
@@ -79,7 +99,11 @@ def _normalise(
     if mask is not None:
         check_input(input)
         check_mask(mask, input)
-    conclude = accumulator = None
+    conclude = accumulator = nested = lengths = None
+    if type(input) not in PLAIN and is_jagged(input):
+        check_form(input)
+        nested = input
+        input, lengths = packed_values(nested, options.training, options.reproducible)
     comm = LOCAL if mode.silent else resolve(options.group)
     if options.training:
         accumulator = find_accumulator(options.layer, running, comm, mode, input)
@@ -91,7 +115,7 @@ def _normalise(
         if mode.transforming:
             check_movable(*running[:3], skipped, input, mask)
         running, conclude = begin_update(running, mode, skipped, accumulator)
-    call = Call(input, affine, running, options, mode, comm, accumulator=accumulator)
+    call = Call(input, affine, running, options, mode, comm, lengths, accumulator=accumulator)
     if mode.transforming:
         y = normalise_transformed(call, mask)
     elif mask is None:
@@ -100,7 +124,7 @@ def _normalise(
         y = normalise_masked(call, mask)
     if conclude is not None:
         conclude()
-    return y
+    return y if nested is None else nested_like(nested, y, input)
 
 
 def normalise_masked(call: Call, mask: Tensor) -> Tensor:
@@ -130,17 +154,17 @@ def normalise_dense(call: Call) -> Tensor:
     if not mode.tracing:  # a trace would record the checks, with warnings
         momentum = running.momentum
         check_options(0.0 if momentum is None else momentum, options.eps)
-        kernels = find_fused(call) if options.training else None
-        if kernels is not None:
+        try:
             # Before the table, and before the checks, which its operators make in no time.
-            try:
+            kernels = find_fused(call) if options.training else None
+            if kernels is not None:
                 y = normalise_fused(call, kernels)
                 if call.accumulator is not None:
                     call.accumulator.measure(input)
                 return y
-            except RuntimeError:  # the words follow here
-                check_tensors(input, affine, running, mode.compiling)
-                raise
+        except RuntimeError:  # the words follow here
+            check_tensors(input, affine, running, mode.compiling)
+            raise
         check_tensors(input, affine, running, mode.compiling)
     for path in PATHS:
         if path.serves(call):

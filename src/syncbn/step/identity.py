@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import sys
 import weakref
+from collections.abc import Iterator
 from types import FrameType
 from typing import Any, cast
 from zlib import crc32
@@ -48,6 +49,7 @@ class Number:
         # When it first speaks: its name in the model that runs it, and the counter's trail, as
         # what a process makes later says nothing of this number.
         self.name, self.trail = "", 0
+        self.shown = ""  # the name that this process alone shows: see name_in_model
 
 
 _tokens = itertools.count(1)
@@ -121,11 +123,37 @@ def caller_of(layer: nn.Module | None, comm: Communicator | None) -> Caller:
     return Caller(layer=name, found=bool(found.name), number=found.value, trail=found.trail)
 
 
+def name_in_model(layer: nn.Module | None) -> str:
+    """A layer's name in the model that it is known in or that runs it now; "" where there is none.
+
+    For this process's eyes: what ranks compare stays what it is.
+    """
+    found: Number | str = vars(layer).get("_identity", "") if layer is not None else ""
+    if isinstance(found, str) or layer is None:
+        return found if isinstance(found, str) else ""
+    if not (found.name or found.shown):
+        for known, name in _numbers_in_running_model(layer):
+            known.shown = known.shown or name
+    return found.name or found.shown
+
+
+def name_layer(error: Exception, name: str) -> None:
+    """Let an error's words end with a layer's name, unless they have it or there is none."""
+    words = error.args[0] if error.args else None  # MPI's are numbers
+    if name and isinstance(words, str) and f"layer {name!r}" not in words:
+        error.args = (f"{words}; in layer {name!r}", *error.args[1:])
+
+
 def _find_names_in_model(layer: nn.Module) -> None:
     """Name the layers of the outermost module that is running now and that has this one.
 
     It may be part of another on some ranks, to log for example: comm/frames.py takes care of that.
     """
+    for known, name in _numbers_in_running_model(layer):
+        known.name = known.name or name
+
+
+def _numbers_in_running_model(layer: nn.Module) -> Iterator[tuple[Number, str]]:
     frame: FrameType | None = sys._getframe()
     outermost = None
     while frame is not None:
@@ -138,4 +166,4 @@ def _find_names_in_model(layer: nn.Module) -> None:
     for name, part in outermost.named_modules() if outermost is not None else ():
         known = vars(part).get("_identity")
         if isinstance(known, Number):
-            known.name = known.name or name
+            yield known, name

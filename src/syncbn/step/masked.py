@@ -60,6 +60,12 @@ def check_mask(mask: Tensor, input: Tensor) -> None:
             f"sync_batch_norm: expected mask as a torch.bool tensor, True where a position counts, "
             f"got {got}; compare to make one, for example mask != 0"
         )
+    if input.is_nested:
+        raise ValueError(
+            "sync_batch_norm: expected mask=None beside a nested tensor, which holds only what "
+            f"counts, got one of shape {tuple(mask.shape)}; for a mask pad the input, for example "
+            "input.to_padded_tensor(0.0)"
+        )
     expected = (*input.shape[:1], *input.shape[2:])
     if mask.shape != expected:
         raise ValueError(

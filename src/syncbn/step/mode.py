@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..tensors.transforms import batched_or_transforming, transforming
+from ..tensors.transforms import batched_or_transforming, exporting, transforming
 
 
 class Mode(NamedTuple):
@@ -38,9 +38,9 @@ def find_mode(input: Tensor, training: bool) -> Mode:
     meta = isinstance(input, Tensor) and input.is_meta
     if not (tracing or compiling or within or meta):
         return _TRAINING if training else _EVAL
-    exporting = compiling and torch.compiler.is_exporting()
-    silent = not training or tracing or exporting or meta
-    return Mode(tracing, compiling, exporting, within, silent)
+    exported = compiling and exporting()
+    silent = not training or tracing or exported or meta
+    return Mode(tracing, compiling, exported, within, silent)
 
 
 class BackwardMode(NamedTuple):

@@ -41,11 +41,6 @@ class Call(NamedTuple):
     mask: Tensor | None = None
     accumulator: Accumulator | None = None
 
-    @property
-    def tensors(self) -> tuple[Tensor | None, ...]:
-        """All (C,) tensors."""
-        return self.running.mean, self.running.var, *self.affine
-
 
 class Part(NamedTuple):
     """A local part of a batch: x (N, C, *), the parameters on its device, and what serves it.

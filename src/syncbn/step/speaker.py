@@ -12,7 +12,7 @@ from torch import Tensor
 from ..comm import WANTS, Begun, Caller, Communicator, Framed, Received, devices
 from ..comm.frames import DesyncError
 from ..tensors.prefix import Prefix, prefixed
-from .identity import caller_of
+from .identity import caller_of, name_layer
 
 
 def speaking(
@@ -131,6 +131,5 @@ class Speaker(Communicator):
         except DesyncError:  # which says whose calls differ
             raise
         except RuntimeError as error:
-            if error.args and isinstance(error.args[0], str):  # MPI's hold numbers
-                error.args = (f"{error.args[0]}; in layer {self.caller.layer!r}", *error.args[1:])
+            name_layer(error, self.caller.layer)
             raise

@@ -11,7 +11,7 @@ from torch import Tensor
 from .inductor import lower
 from .operators import define
 from .storages import is_dtensor
-from .transforms import transforming
+from .transforms import exporting, transforming
 
 
 def computed_once(*tensors: Tensor) -> Sequence[Tensor]:
@@ -40,7 +40,7 @@ def after(first: Tensor, copied: Sequence[Tensor]) -> Sequence[Tensor]:
 
 def _takes_operators(tensors: Sequence[Tensor]) -> bool:
     """Whether a graph may have operators of ours: no DTensors, nor a program without syncbn."""
-    return not (torch.compiler.is_exporting() or any(map(is_dtensor, tensors)))
+    return not (exporting() or any(map(is_dtensor, tensors)))
 
 
 def _clones(tensors: Sequence[Tensor]) -> list[Tensor]:

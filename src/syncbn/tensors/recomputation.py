@@ -16,6 +16,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from .operators import define
 from .storages import check_held
+from .transforms import exporting
 
 
 class _Thread(threading.local):
@@ -56,8 +57,7 @@ def moves(running_mean: Tensor | None) -> bool:
 def withhold(running_mean: Tensor, num_batches_tracked: Tensor | None) -> None:
     """Note that a forward in training is told not to track these statistics."""
     if torch.compiler.is_compiling():
-        exporting = torch.compiler.is_exporting()
-        if num_batches_tracked is not None and not (exporting or torch.is_grad_enabled()):
+        if num_batches_tracked is not None and not (exporting() or torch.is_grad_enabled()):
             _withhold_in_graph(running_mean, num_batches_tracked)
     elif not recomputing() and _in_checkpoint():
         _owed[running_mean] = _owed.get(running_mean, 0) + 1

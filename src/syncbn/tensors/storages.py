@@ -12,7 +12,7 @@ from torch.nn import Parameter
 
 from .inductor import input_behind, lower
 from .operators import define
-from .transforms import unwrapped
+from .transforms import exporting, unwrapped
 
 PLAIN = (Tensor, Parameter)
 
@@ -46,7 +46,7 @@ def held_in_graph(
     A graph is free to read what does not depend on this before it. DTensors aren't looked at, nor
     is what an exported program, which runs without syncbn, will be given.
     """
-    if torch.compiler.is_exporting() or any(map(is_dtensor, copied.values())):
+    if exporting() or any(map(is_dtensor, copied.values())):
         return [tensor.clone() for tensor in copied.values()]
     given = {name: tensor for name, tensor in (others or {}).items() if tensor is not None}
     copies: list[Tensor] = torch.ops.syncbn.held.default(

@@ -1,4 +1,4 @@
-"""Whether a transform of torch.func or forward-mode differentiation is around what runs now."""
+"""Whether a transform of torch.func, forward-mode differentiation or an export is around."""
 
 from __future__ import annotations
 
@@ -10,6 +10,16 @@ from torch.autograd import forward_ad
 from torch.utils._python_dispatch import _disable_current_modes
 
 _functorch = torch._C._functorch
+# Before 2.12 Dynamo takes is_exporting() for true in whatever it compiles.
+_FLAG_ALONE_TELLS = torch.torch_version.TorchVersion(torch.__version__) < "2.12"
+
+
+def exporting() -> bool:
+    """Whether torch.export traces what runs."""
+    if _FLAG_ALONE_TELLS:
+        flag: bool = torch.compiler._is_exporting_flag
+        return flag
+    return torch.compiler.is_exporting()
 
 
 def transforming() -> bool:

@@ -8,6 +8,7 @@ import random
 import sys
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,7 +21,8 @@ from torch.nn.parameter import is_lazy
 from ...batches.nested import indivisible, leaves, mapped, tensors
 from ...comm import LOCAL
 from ...layers.modules import SyncBatchNorm
-from ...models.convert import convert, revert
+from ...models.convert import convert
+from ...models.revert import revert
 from ...tensors.recomputation import recomputing
 from .options import DTYPES, Named, Task, Unusable, spoken
 
@@ -28,10 +30,12 @@ Batch = tuple[Any, Any]  # what the model is called with, and what the loss is g
 
 
 def found(what: str, named: Named) -> Callable[..., Any]:
-    """What ``package.module:name`` stands for."""
+    """What ``package.module:name`` or ``folder/file.py:name`` stands for."""
     if not isinstance(named, str):
         return named
     module_name, _, path = named.partition(":")
+    if module_name.endswith(".py"):
+        module_name = _importable(what, named, Path(module_name))
     try:
         thing: Any = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
@@ -45,6 +49,15 @@ def found(what: str, named: Named) -> Callable[..., Any]:
     if not callable(thing):
         raise Unusable(f"{what} {named}: expected a function, got {type(thing).__name__}")
     return thing  # type: ignore[no-any-return]
+
+
+def _importable(what: str, named: str, file: Path) -> str:
+    """The module's name, once its folder is where Python looks for it, as for a script's own."""
+    if not file.is_file():
+        raise Unusable(f"{what} {named}: no file {str(file)!r}")
+    if (folder := str(file.resolve().parent)) not in sys.path:
+        sys.path.insert(0, folder)
+    return file.stem
 
 
 def seed(number: int) -> None:

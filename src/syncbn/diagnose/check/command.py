@@ -50,9 +50,9 @@ def _shape(text: str) -> tuple[int, ...]:
     return tuple(map(int, parts))
 
 
-def run(*, as_json: bool, html: Path | None, traceback: bool, **options: Any) -> int:
-    """Check, print, write; the exit status. traceback: see ``Unusable.trace``."""
-    from .progress import bar
+def run(*, as_json: bool, html: Path | None, **options: Any) -> int:
+    """Check, print, write; the exit status."""
+    from ...progress import phase_bar
     from .supervise import supervised
 
     task = Task(**options)
@@ -60,7 +60,7 @@ def run(*, as_json: bool, html: Path | None, traceback: bool, **options: Any) ->
         _check_writable(html)
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())  # as python -m has it: the user's own modules
-    with bar() as on_progress:
+    with phase_bar("steps") as on_progress:
         report = supervised(task, on_progress)
     print(report.as_json() if as_json else report)
     if html is not None:

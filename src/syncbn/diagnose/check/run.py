@@ -48,12 +48,13 @@ def check(
             Without: the output's own ``loss``, if it has one, else a fixed projection of it.
         dtype: float64, float32, bfloat16 or float16, of parameters and floating data.
         convert: call :func:`syncbn.convert` on what the factory makes.
-        lr: learning rate. seed: of weights, data and dropout.
+        lr: learning rate.
+        seed: of weights, data and dropout.
         timeout: seconds, after which the ranks are ended.
         on_progress: called with what is being done, how many steps are done and how many there are.
 
     Returns:
-        A report: ``.ok``, ``.first`` (a layer's name or None), ``.rows``, ``.causes``,
+        A report with ``.ok``, ``.first`` (a layer's name or None), ``.rows``, ``.causes``,
         ``.as_json()``; ``str()`` of it is a table.
 
     Raises:

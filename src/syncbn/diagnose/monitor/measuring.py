@@ -12,9 +12,8 @@ from torch import Tensor
 from torch.utils._mode_utils import no_dispatch
 
 from ...kernels import composite, select_kernels
-from ...layers.modules import SyncBatchNorm
+from ...models.inputs import input_of, mask_of
 from ...numerics.moments import merge, stacked, unpack, wide_dtype
-from ...step.masked import check_mask, resolve_mask
 from ...tensors.storages import PLAIN, has_storage
 
 PARTS = 2  # of a batch: its halves
@@ -37,24 +36,19 @@ def measure_call(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     The halves of the batch are measured by themselves: how much they differ tells how much the mean
     of such a batch depends on which samples it has.
     """
-    x, mask = input_of(args, kwargs), None
+    x = plain_input(layer, args, kwargs)
     if x is None or x.shape[1] != layer.num_features or not x.numel() or not has_storage(x):
         return None
-    if isinstance(layer, SyncBatchNorm):
-        mask = args[1] if len(args) > 1 else kwargs.get("mask")
-        if mask is not None:
-            check_mask(mask, x)
-        elif layer._mask_sources:
-            mask = resolve_mask(layer._mask_sources, x)
+    mask = mask_of(layer, args, kwargs, x)
     # A selective checkpoint's second forward must run the operations that it saw in the first.
     unseen = no_dispatch() if torch._C._len_torch_dispatch_stack() else nullcontext()
     with torch.no_grad(), unseen:
         return Call(_measure_halves(x.detach(), mask), len(x))
 
 
-def input_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
-    """A layer's input, where it is a plain tensor (N, C, *) of numbers."""
-    x: Any = args[0] if args else kwargs.get("input")
+def plain_input(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    """A layer's input, where its values are a plain tensor (N, C, *) of numbers."""
+    x: Any = input_of(layer, args, kwargs)
     if type(x) not in PLAIN or x.is_nested or x.layout is not torch.strided or x.is_meta:
         return None
     plain: Tensor | None = x if x.dim() >= 2 and x.is_floating_point() else None

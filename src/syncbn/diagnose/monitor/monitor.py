@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 class Monitor:
     """Watches the batch norms of a model in training: would each rank's own statistics do?
 
-    In the first forward in training, and then in every ``every``th, it measures what each batch
+    In the first forward in training, and then in one of ``every``, it measures what each batch
     norm gets on this rank (count, mean and sum of squared deviations per channel, of both halves of
     the batch), and at the end of that forward all ranks exchange this in one message. Outputs,
     gradients, running statistics and random numbers are the same bits as without. Layers may be
@@ -39,8 +39,9 @@ class Monitor:
 
     - ``mean_distance``: |mᵣ − m| / √v, ``var_distance``: |vᵣ/v − 1|, of each rank;
     - ``noise``: standard error of the mean of one rank's batch, in parts of √v. It is
-      ``effective_size``^(−1/2), where nᵣ/deff is how many independent values the batch is worth,
-      and deff is the mean square between halves of batches over v, Kish's design effect (1965).
+      ``effective_size ** (-1 / 2)``, where nᵣ/deff is how many independent values the batch is
+      worth, and deff is the mean square between halves of batches over v, Kish's design effect
+      (1965).
 
     Args:
         model: the outermost module that is called in training: a DistributedDataParallel, or what
@@ -154,11 +155,13 @@ class Monitor:
         known = find_layer(self._layers, name, layer)
         return bool(self.advice()[known.names[0]])
 
+    where.may_choose_none = True  # type: ignore[attr-defined]  # so convert does not warn of it
+
     def plot(self, to: Any) -> None:
         """Draw layers × steps, coloured by how far ranks' means are from that of all.
 
         Of one rank, which is not distant from itself, by the noise of its mean. Needs matplotlib,
-        which comes with the extra ``[cli]``.
+        which comes with the extra ``[plot]``.
 
         Args:
             to: the path of a picture, of a type that matplotlib knows; or a TensorBoard writer, or

@@ -15,7 +15,7 @@ import torch.nn as nn
 from ...tensors.recomputation import recomputing
 from ...tensors.transforms import transforming
 from .layers import Layer, home_of
-from .measuring import Call, input_of, measure_call
+from .measuring import Call, measure_call, plain_input
 
 _KEPT = 100  # times of steps
 
@@ -114,7 +114,7 @@ class Observer:
     ) -> None:
         if self._calls is None or not layer.training or recomputing():
             return
-        x = input_of(args, kwargs)
+        x = plain_input(layer, args, kwargs)
         if x is not None and self._device is None:
             self._device = x.device
         call = measure_call(layer, args, kwargs)

@@ -84,6 +84,6 @@ def _canvas() -> Any:
     except ImportError as error:
         raise ImportError(
             f"Monitor.plot: expected matplotlib, which is not installed ({error}); "
-            "pip install 'syncbn[cli]'"
+            "pip install 'syncbn[plot]'"
         ) from error
     return FigureCanvasAgg

@@ -1,0 +1,1 @@
+"""Classes of other libraries, known by their qualified names: nothing here imports a library."""

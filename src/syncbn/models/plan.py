@@ -1,0 +1,114 @@
+"""What convert is to do with every layer of a model, found out before the first one changes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch.nn as nn
+
+from ..batches.empty import own_forward
+from ..layers.modules import SyncBatchNorm
+from ..step.checks import check_options
+from .graphs import compiled_batch_norms, has_graphs
+from .known.table import held_back, is_frozen_class, why_alone
+from .names import described, names_of_modules
+from .registry import Origin, is_candidate, known_rule, target_of
+
+Named = tuple[str, Any]
+OVERRIDES = "because they override BatchNorm's behaviour"
+_LAYOUT = "because of another version's layout than the one that syncbn knows"
+
+
+class Change(NamedTuple):
+    """A layer that becomes one of ours. group: that of a class that keeps it by another name."""
+
+    name: str
+    layer: Any
+    origin: Origin
+    group: Any
+
+
+@dataclass
+class Plan:
+    """Every batch norm of a model, in one of these.
+
+    changes: those that become ours. ours: those that are. left: the others, by the reason.
+    compiled: in graphs, in words. passed_over: which where does not want. frozen: of classes that
+    normalise by fixed numbers, which stay as they are. has_graphs: whether parts are compiled,
+    which tell nothing of batch norms that use their running statistics. may_be_empty: whether
+    where, a Monitor's for example, has reasons to choose none.
+    """
+
+    changes: list[Change] = field(default_factory=list)
+    ours: list[Named] = field(default_factory=list)
+    left: dict[str, list[Named]] = field(default_factory=dict)
+    compiled: list[str] = field(default_factory=list)
+    passed_over: list[Named] = field(default_factory=list)
+    frozen: list[Named] = field(default_factory=list)
+    has_graphs: bool = False
+    may_be_empty: bool = False
+
+    def leave(self, reason: str, name: str, layer: nn.Module) -> None:
+        self.left.setdefault(reason, []).append((name, layer))
+
+
+def survey(module: nn.Module, where: Callable[[str, nn.Module], bool] | None) -> Plan:
+    """Ask where about every batch norm, and decide about those that it wants.
+
+    Raises ValueError or TypeError for a layer whose eps or momentum its forward would refuse.
+    """
+    plan, held = Plan(), held_back(module)
+    for layer, names in names_of_modules(module).items():
+        if is_frozen_class(type(layer)):
+            plan.frozen.append((names[0], layer))
+            continue
+        alone = held.get(layer) or why_alone(type(layer))
+        if not (alone or is_candidate(layer)):
+            continue
+        if where is not None and not any(where(name, layer) for name in names):
+            plan.passed_over.append((names[0], layer))
+        elif isinstance(layer, SyncBatchNorm):
+            plan.ours.append((names[0], layer))
+        elif alone:
+            plan.leave(alone, names[0], layer)
+        else:
+            _decide(plan, names[0], layer)
+    plan.compiled = [
+        f"{name or 'the module itself'} ({what})"
+        for name, holder, what in compiled_batch_norms(module)
+        if where is None or where(name, holder)
+    ]
+    plan.may_be_empty = bool(plan.passed_over) and getattr(where, "may_choose_none", False)
+    plan.has_graphs = has_graphs(module)
+    for change in plan.changes:
+        _check_options(change.name, change.layer)
+    return plan
+
+
+def _decide(plan: Plan, name: str, layer: nn.Module) -> None:
+    known = known_rule(layer)
+    if known is not None and (problem := known[0].misfit(known[1], layer)):
+        plan.leave(f"{_LAYOUT} ({problem})", name, layer)
+        return
+    target = target_of(type(layer))
+    if target is None or own_forward(layer) is not None:
+        plan.leave(OVERRIDES, name, layer)
+        return
+    state = vars(layer)
+    origin = Origin(type(layer), target, state.get("process_group"), "process_group" in state)
+    held_as = known[0].group if known else ""
+    plan.changes.append(
+        Change(name, layer, origin, getattr(layer, held_as, None) if held_as else None)
+    )
+
+
+def _check_options(name: str, layer: Any) -> None:
+    """Refuse, by the layer's name, what its forward would refuse."""
+    momentum = getattr(layer, "momentum", None)
+    try:
+        check_options(0.0 if momentum is None else momentum, getattr(layer, "eps", 1e-5))
+    except (TypeError, ValueError) as error:
+        said = str(error).partition(": ")[2]
+        raise type(error)(f"convert: layer {described(name, layer)}: {said}") from None
