@@ -154,7 +154,7 @@ test-wheel: wheel
 # what they ask for: a window system's OpenCV, and torchvision of another torch. inplace_abn compiles,
 # in about a minute; where there is no g++, its tests skip.
 test-frameworks: $(READY)
-	$(BIN)/python $(INSTALL) --no-build-isolation 'syncbn[frameworks]'
+	$(BIN)/python $(INSTALL) 'syncbn[frameworks]'
 	$(BIN)/python $(INSTALL) --no-deps 'mmengine>=0.10.7,<0.11' 'timm>=1.0.15,<2' 'spikingjelly>=2,<3'
 	$(BIN)/python $(INSTALL) 'loguru<1' 'torch_geometric>=2.8,<3'
 	-$(BIN)/python $(INSTALL) --no-deps --no-build-isolation 'inplace_abn>=1.1,<2'

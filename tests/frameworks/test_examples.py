@@ -28,7 +28,8 @@ runpy.run_path(path, run_name="__main__")
 
 def packages(path) -> set[str]:
     found = re.findall(r"^(?:import|from) (\w+)", path.read_text(), re.MULTILINE)
-    return {name for name in found if name not in ("toy", "syncbn")}
+    needed = {name for name in found if name not in ("toy", "syncbn")}
+    return needed | ({"accelerate"} if "transformers" in needed else set())
 
 
 def check(said: str) -> None:
