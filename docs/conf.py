@@ -65,7 +65,7 @@ def changelog(app, name, source):
     """CHANGELOG.md, and for what is not released yet the entries in changelog.d."""
     if name == "changelog":
         command = [sys.executable, "-m", "towncrier", "build", "--draft", "--version", "Unreleased"]
-        draft = subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout
+        draft = subprocess.check_output(command, cwd=ROOT, text=True)
         draft = re.sub(r"^(## \[Unreleased\]).*", r"\1", draft, flags=re.MULTILINE)
         text = (ROOT / "CHANGELOG.md").read_text()
         if "\n- " in draft:

@@ -237,3 +237,14 @@ def test_a_tqdm_bar_on_one_rank_alone(ranks):
         return seen
 
     assert ranks(2, run) == [[(1, 3), (3, 3)], [(None, 3)] * 2]
+
+
+def test_a_length_that_cannot_be_told_is_unknown():
+    class Endless(list):
+        def __len__(self):
+            raise NotImplementedError("who knows")
+
+    steps = syncbn.until_all_done(Endless([torch.ones(2)]))
+    assert len(list(steps)) == 1
+    with pytest.raises(TypeError, match=r"len\(loader\) raised NotImplementedError\('who knows'\)"):
+        len(steps)

@@ -142,7 +142,7 @@ def test_a_path_that_cannot_be_written(monitor, tmp_path, monkeypatch):
 
 def test_without_matplotlib(monitor, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.backends.backend_agg", None)
-    with pytest.raises(ImportError, match=r"Monitor.plot: .* pip install 'syncbn\[cli\]'"):
+    with pytest.raises(ImportError, match=r"Monitor.plot: .* pip install 'syncbn\[plot\]'"):
         monitor.plot("map.png")
 
 

@@ -5,6 +5,7 @@ import pickle
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 
 import syncbn
@@ -208,7 +209,7 @@ def test_refusals_of_masks_name_the_layer_once():
 
 def test_other_ranks_hear_which_layer_refused(ranks):
     def run(rank):
-        model = syncbn.convert(network())
+        model = syncbn.convert(network(), dist.new_group())  # which ends
         with pytest.raises((ValueError, RuntimeError)) as caught:
             model[0](torch.ones(4, 2 + rank))
         return str(caught.value)
@@ -225,3 +226,21 @@ def test_what_this_process_is_shown_is_not_what_ranks_compare():
     with pytest.raises(ValueError, match="in layer '1'"):
         nn.Sequential(nn.Identity(), layer)(torch.ones(2, 4))
     assert identity_of(layer) == before
+
+
+class Down(syncbn.comm.Communicator):
+    rank, size = 0, 2
+
+    def all_gather(self, tensor):
+        raise RuntimeError("link down")
+
+    all_reduce = all_gather
+
+
+def test_a_failed_message_names_its_layer_once():
+    """Which spoke by itself before a model had it: of its two names the one that ranks compare."""
+    layer = syncbn.SyncBatchNorm1d(3, process_group=Down())
+    for model in (layer, nn.Sequential(layer)):
+        with pytest.raises(RuntimeError, match="link down") as caught:
+            model(torch.randn(4, 3))
+        assert str(caught.value).count("in layer") == 1

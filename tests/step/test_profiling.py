@@ -101,6 +101,15 @@ def test_a_graph_has_no_ranges():
     assert not ranges(found.events())
 
 
+def test_a_graph_is_not_compiled_anew_when_a_profiler_starts():
+    compiled = torch.compile(Network(), backend="eager", fullgraph=True)
+    for _ in range(2):
+        compiled(torch.randn(4, 2))
+    stance = torch.compiler.set_stance("fail_on_recompile")
+    with stance, profile(activities=[ProfilerActivity.CPU]):
+        compiled(torch.randn(4, 2))
+
+
 def test_an_error_ends_the_range():
     model = Network()
     with profile(activities=[ProfilerActivity.CPU]) as found:

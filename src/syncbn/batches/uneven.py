@@ -118,7 +118,13 @@ class Steps(Generic[BatchT]):
         self._steps = 0  # of the last whole epoch, the same on all ranks
 
     def __len__(self) -> int:
-        return max(len(self._loader), self._steps)  # type: ignore[arg-type]
+        try:
+            length = len(self._loader)  # type: ignore[arg-type]
+        except TypeError:
+            raise
+        except Exception as error:  # list() and progress bars take a TypeError for "unknown"
+            raise TypeError(f"until_all_done: len(loader) raised {error!r}") from error
+        return max(length, self._steps)
 
     def __bool__(self) -> bool:
         return True  # a rank without batches of its own takes part

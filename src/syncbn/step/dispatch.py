@@ -54,7 +54,8 @@ def normalise(
     """
     mode = find_mode(input, options.training)
     try:
-        if profiler._is_profiler_enabled and not any(mode[:4]):
+        # In this order: a graph would be compiled anew when a profiler starts, had it looked.
+        if not mode.compiling and profiler._is_profiler_enabled and not any(mode[:4]):
             with profiled(options.layer, (input, *affine)) as outputs:
                 outputs.append(_normalise(input, affine, running, options, mode, mask, skipped))
             return outputs[0]

@@ -8,6 +8,7 @@ layers in the same order give them the same ones.
 from __future__ import annotations
 
 import itertools
+import re
 import sys
 import weakref
 from collections.abc import Iterator
@@ -52,6 +53,7 @@ class Number:
         self.shown = ""  # the name that this process alone shows: see name_in_model
 
 
+_NAMED = re.compile(r"; in layer '[^']*'$")
 _tokens = itertools.count(1)
 _layers: weakref.WeakValueDictionary[int, nn.Module] = weakref.WeakValueDictionary()
 
@@ -140,7 +142,9 @@ def name_in_model(layer: nn.Module | None) -> str:
 def name_layer(error: Exception, name: str) -> None:
     """Let an error's words end with a layer's name, unless they have it or there is none."""
     words = error.args[0] if error.args else None  # MPI's are numbers
-    if name and isinstance(words, str) and f"layer {name!r}" not in words:
+    if not (name and isinstance(words, str)) or _NAMED.search(words):
+        return
+    if f"layer {name!r}" not in words:
         error.args = (f"{words}; in layer {name!r}", *error.args[1:])
 
 
