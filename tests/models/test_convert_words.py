@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 import syncbn
+from support import foreign
 from support.layers import CONVERSIONS, assert_same, snapshot
 
 
@@ -52,6 +53,32 @@ def test_a_warning_stays_short_whatever_it_names():
     (text,) = texts(syncbn.convert, deep, where=lambda name, layer: False)
     assert len(text) <= 600
     assert ".inner.inner)" in text
+
+
+@pytest.mark.parametrize("plain", [0, 1])
+def test_a_warning_stays_short_whatever_classes_are_called(plain):
+    kinds = [
+        type(f"{'Long' * 300}{number}", (nn.BatchNorm2d,), {"forward": lambda self, x: x})
+        for number in range(3)
+    ]
+    model = nn.Sequential(*(many(2, kind) for kind in kinds), *[nn.BatchNorm2d(3)] * plain)
+    (text,) = texts(syncbn.convert, model)
+    assert "2 × …" in text
+    assert "LongLong0 (0.encoder.0.1" in text
+    assert len(text) <= 600
+
+
+def test_a_warning_stays_short_whatever_its_reasons():
+    bases = type("Base" * 300, (nn.Module,), {"forward": lambda self, x: x})
+    named = {"__module__": "timm.layers.norm_act", "__qualname__": "BatchNormAct2d"}
+    alone = foreign.BatchNorm2d_NHWC(4), foreign.HeteroBatchNorm(4, 2), foreign.ABN(4, "a" * 900)
+    model = nn.Sequential(*alone, type("BatchNormAct2d", (bases,), named)(), many(2))
+    (text,) = texts(syncbn.convert, model)
+    assert len(text) <= 600
+    model.append(nn.BatchNorm2d(4))
+    reasons = texts(syncbn.convert, model)
+    assert len(reasons) == 5
+    assert max(map(len, reasons)) <= 600
 
 
 @pytest.mark.parametrize("convert", CONVERSIONS)

@@ -43,7 +43,8 @@ CASES = {
         *(IMAGES, 0, None),
     ),
     "timm InplaceAbn": (lambda: foreign.InplaceAbn(4), IMAGES, 0, None),
-    "detectron2 Naive": (lambda: foreign.NaiveSyncBatchNorm(4, stats_mode="N"), IMAGES, 0, None),
+    "detectron2 Naive": (lambda: foreign.NaiveSyncBatchNorm(4, stats_mode=""), IMAGES, 0, None),
+    "detectron2 Naive N": (lambda: foreign.NaiveSyncBatchNorm(4, stats_mode="N"), IMAGES, 0, None),
     "mmengine 4D": (lambda: foreign._BatchNormXd(4), IMAGES, 0, None),
     "mmengine 2D": (lambda: foreign._BatchNormXd(4), POINTS, 0, None),
     "mmcv": (lambda: foreign.MmcvSyncBatchNorm(4), IMAGES, 0, None),
@@ -52,6 +53,7 @@ CASES = {
         lambda: foreign.ApexSyncBatchNorm(4, channel_last=True, fuse_relu=True),
         *((3, 5, 5, 4), 0, None),
     ),
+    "apex in Python": (lambda: foreign.ApexSyncBatchNormInPython(4), IMAGES, 0, None),
     "inplace_abn ABN": (lambda: foreign.ABN(4), IMAGES, 0, None),
     "inplace_abn InPlaceABN": (lambda: foreign.InPlaceABN(4, "elu", 1.0), IMAGES, 0, None),
     "inplace_abn InPlaceABNSync": (lambda: foreign.InPlaceABNSync(4, "identity"), IMAGES, 0, None),
@@ -235,11 +237,17 @@ def test_names_that_pickles_know():
     with foreign.imported():
         target = syncbn._timm_BatchNormAct2d
         assert type(syncbn.convert(foreign.BatchNormAct2d(4))) is target
+        assert syncbn._apex_SyncBatchNorm is type(syncbn.convert(foreign.ApexSyncBatchNorm(4)))
     assert (target.__module__, target.__name__) == ("syncbn", "SyncBatchNormAct2d")
     for missing in ("_timm_Nothing", "nothing", "_mmengine_BatchNormXd"):
         with pytest.raises(AttributeError, match=f"module 'syncbn' has no attribute '{missing}'"):
             getattr(syncbn, missing)
-    made = [rule.attribute for rule in table._ALL if rule.keeps or rule.front]
+    made = [
+        rule.attribute(source)
+        for rule in table._ALL
+        if rule.keeps or rule.front
+        for source in rule.sources
+    ]
     assert len(set(made)) == len(made), "two that pickles cannot tell apart"
 
 

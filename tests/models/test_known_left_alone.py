@@ -1,11 +1,15 @@
 """Layers that are known by name, and left as they are: another layout, or nothing to become."""
 
+import warnings
+
 import pytest
 from torch import nn
 
 import syncbn
 from support import foreign
 from support.layers import assert_same, snapshot
+from syncbn.comm import Local
+from syncbn.models import registry
 
 
 def another(cls, *bases, **changes):
@@ -29,6 +33,10 @@ LAYOUTS = {
     "base": (
         lambda: another(foreign.SparseBatchNorm, nn.BatchNorm2d, forward=lambda self, x: x)(4),
         r"expected a subclass of torch\.nn\.modules\.batchnorm\.BatchNorm1d, got one of torch\.nn",
+    ),
+    "arithmetic": (
+        lambda: another(foreign.NaiveSyncBatchNorm, forward=lambda self, x: 2 * x)(4),
+        r"expected NaiveSyncBatchNorm's own forward, got test_known_left_alone\.<lambda>",
     ),
     "activation": (
         lambda: foreign.ABN(4, "selu"),
@@ -67,3 +75,76 @@ def test_a_layer_that_a_rank_may_pass_by_is_left_alone():
         syncbn.convert(model)
     assert type(model[0].module) is nn.BatchNorm1d
     assert type(model[1]) is syncbn.SyncBatchNorm1d
+
+
+def test_a_layer_that_is_ours_already_is_named_where_a_rank_may_pass_it_by():
+    model = nn.Sequential(syncbn.convert(foreign.PyGBatchNorm(4)), nn.BatchNorm1d(4))
+    model[0].allow_single_element = True
+    group = Local()
+    text = r"^convert: may wait for ever, because allow_single_element=True .*1 × syncbn\..*0\.mod"
+    with pytest.warns(UserWarning, match=text):
+        syncbn.convert(model, group)
+    assert model[0].module.process_group is group
+    with pytest.warns(UserWarning, match=text):
+        syncbn.convert(model[:1])
+
+
+def test_a_patched_forward_that_the_conversion_would_lose_is_refused(monkeypatch):
+    def forward(self, x):
+        return x + 1
+
+    monkeypatch.setattr(foreign.BatchNormAct2d, "forward", forward)
+    model = nn.Sequential(foreign.BatchNormAct2d(4))
+    text = r"another version's layout .* own forward, got test_known_left_alone\.test_a_patched"
+    with pytest.warns(UserWarning, match=text):
+        syncbn.convert(model)
+    assert type(model[0]) is foreign.BatchNormAct2d
+
+
+def incomplete():
+    layer = foreign.SplitBatchNorm2d(4)
+    del layer.num_splits
+    return layer
+
+
+class Behaving(foreign.SplitBatchNorm2d):
+    def forward(self, x):
+        return -super().forward(x)
+
+
+def hetero():
+    layer = foreign.HeteroBatchNorm(4, 2)
+    layer.aux_bn = nn.ModuleList([nn.BatchNorm1d(4)])
+    return layer
+
+
+@pytest.mark.parametrize("make", [incomplete, lambda: Behaving(4), hetero], ids="lbh")
+@pytest.mark.parametrize("where", [None, lambda name, layer: name != "0"], ids=["all", "where"])
+def test_a_layer_left_alone_stays_whole(make, where):
+    model = nn.Sequential(make(), nn.BatchNorm2d(4))
+    model.shared = model[0].aux_bn  # seen after it, by another name
+    before = snapshot(model[0])
+    with pytest.warns(UserWarning, match=r"left alone, because .*1 × torch\..* \(0\.aux_bn\.0\)"):
+        syncbn.convert(model, where=where)
+    assert_same(before, snapshot(model[0]))
+    assert isinstance(model[1], syncbn.SyncBatchNorm)
+
+
+def test_what_a_layer_left_alone_holds_of_ours_stays_ours():
+    layer, group = Behaving(4), Local()
+    syncbn.convert(layer.aux_bn)
+    with pytest.warns(UserWarning, match="nothing at all|left alone"):
+        syncbn.convert(layer, group)
+    assert layer.aux_bn[0].process_group is group
+
+
+def test_a_registration_goes_before_what_cannot_be_converted(monkeypatch):
+    class Mine(foreign.HeteroBatchNorm, syncbn.SyncBatchNorm):
+        pass
+
+    monkeypatch.setattr(registry, "_TARGETS", dict(registry._TARGETS))
+    syncbn.register_conversion(foreign.HeteroBatchNorm, Mine)
+    layer = foreign.HeteroBatchNorm(4, 2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert type(syncbn.convert(syncbn.convert(layer))) is Mine

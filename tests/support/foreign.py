@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 from contextlib import contextmanager
 from importlib.machinery import ModuleSpec
+from inspect import isfunction
 from types import ModuleType, SimpleNamespace
 
 import torch
@@ -24,6 +25,8 @@ def of(path):
 
     def place(cls):
         cls.__module__ = path
+        for method in filter(isfunction, vars(cls).values()):
+            method.__module__ = path
         names = path.split(".")
         for end in range(1, len(names) + 1):
             name = ".".join(names[:end])
@@ -215,6 +218,22 @@ class SyncBatchNorm(_BatchNorm):
 ApexSyncBatchNorm = SyncBatchNorm
 
 
+@of("apex.parallel.sync_batchnorm")
+class SyncBatchNorm(_BatchNorm):
+    def __init__(self, num_features, process_group=None):
+        super().__init__(num_features)
+        self.process_group = process_group
+
+    def _check_input_dim(self, input):
+        return
+
+    def forward(self, input):
+        return super().forward(input)
+
+
+ApexSyncBatchNormInPython = SyncBatchNorm
+
+
 @of("apex.contrib.groupbn.batch_norm")
 class BatchNorm2d_NHWC(_BatchNorm):
     bn_group = 2
@@ -254,7 +273,8 @@ class InPlaceABNSync(ABN):
     def set_group(self, group):
         self.group = group
 
-    forward = InPlaceABN.forward
+    def forward(self, x):
+        return InPlaceABN.forward(self, x)
 
 
 # Sparse tensors: features (V, C), and where they lie
@@ -289,7 +309,10 @@ class SparseBatchNorm(nn.BatchNorm1d):
 
 @of("spconv.pytorch.modules")
 class SparseSyncBatchNorm(nn.SyncBatchNorm):
-    forward = SparseBatchNorm.forward
+    def forward(self, input):
+        if isinstance(input, Sparse):
+            return input.replace_feature(super().forward(input.features))
+        return super().forward(input)
 
 
 @of("spconv.pytorch.modules")

@@ -45,8 +45,9 @@ def convert(
     Layers of timm, detectron2, mmengine, apex, inplace_abn, torchsparse, spconv and spikingjelly
     are known by their classes' names: docs/libraries.md. Other subclasses that change behaviour
     are left alone and named in one warning, by class with counts; :func:`register_conversion`
-    teaches convert what to do with them. So are layers of a version with another layout, and batch
-    norms inside what torch.jit, torch.export and torch.fx have compiled: convert before that.
+    teaches convert what to do with them. So are layers of a version with another layout, what a
+    layer that is left alone holds, and batch norms inside what torch.jit, torch.export and torch.fx
+    have compiled: convert before that.
     Nothing changes before all layers are seen. A warning of its own says that nothing at all was
     converted, that ``where`` chose no layer, or that the model has no batch norm. Layers that
     normalise by fixed numbers (FrozenBatchNorm2d) stay; the logger "syncbn" names them.

@@ -17,7 +17,7 @@ def names_of_modules(model: nn.Module) -> dict[nn.Module, list[str]]:
 
 def described(name: str, layer: nn.Module) -> str:
     """A layer, as warnings name it."""
-    return f"{name or 'the module itself'} ({_class_of(layer)})"
+    return f"{name or 'the module itself'} ({_shortest(_class_of(layer))})"
 
 
 def grouped(layers: Sequence[tuple[str, nn.Module]], room: int) -> str:
@@ -27,7 +27,7 @@ def grouped(layers: Sequence[tuple[str, nn.Module]], room: int) -> str:
     """
     names: dict[str, list[str]] = {}
     for name, layer in layers:
-        names.setdefault(_class_of(layer), []).append(_short(name or "the module itself"))
+        names.setdefault(_class_of(layer), []).append(shortened(name or "the module itself", 50))
     by_count = sorted(names.items(), key=lambda item: -len(item[1]))
     parts: list[str] = []
     for cls, members in by_count:
@@ -45,11 +45,16 @@ def grouped(layers: Sequence[tuple[str, nn.Module]], room: int) -> str:
 def _shown(cls: str, members: list[str]) -> list[str]:
     """A class and its layers, of which three are named, or two, or one."""
     few = [[*members[:n], *["…"][: len(members) > n]] for n in (3, 2, 1)]
-    return [f"{len(members)} × {cls} ({', '.join(names)})" for names in few]
+    return [f"{len(members)} × {_shortest(cls)} ({', '.join(names)})" for names in few]
 
 
-def _short(name: str) -> str:
-    return name if len(name) <= 50 else f"…{name[-49:]}"
+def shortened(text: str, most: int) -> str:
+    """The end of a text, which tells names apart, where it has more than ``most`` characters."""
+    return text if len(text) <= most else f"…{text[1 - most :]}"
+
+
+def _shortest(cls: str) -> str:
+    return shortened(cls, 80)
 
 
 def _class_of(layer: nn.Module) -> str:

@@ -13,7 +13,7 @@ from ..layers.modules import SyncBatchNorm
 from ..step.checks import check_options
 from .graphs import compiled_batch_norms, has_graphs
 from .known.table import held_back, is_frozen_class, why_alone
-from .names import described, names_of_modules
+from .names import described, names_of_modules, shortened
 from .registry import Origin, is_candidate, known_rule, target_of
 
 Named = tuple[str, Any]
@@ -34,7 +34,8 @@ class Change(NamedTuple):
 class Plan:
     """Every batch norm of a model, in one of these.
 
-    changes: those that become ours. ours: those that are. left: the others, by the reason.
+    changes: those that become ours. ours: those that are; unsafe: of these, by the reason,
+    those that what holds them may pass by. left: the others, by the reason.
     compiled: in graphs, in words. passed_over: which where does not want. frozen: of classes that
     normalise by fixed numbers, which stay as they are. has_graphs: whether parts are compiled,
     which tell nothing of batch norms that use their running statistics. may_be_empty: whether
@@ -43,6 +44,7 @@ class Plan:
 
     changes: list[Change] = field(default_factory=list)
     ours: list[Named] = field(default_factory=list)
+    unsafe: dict[str, list[Named]] = field(default_factory=dict)
     left: dict[str, list[Named]] = field(default_factory=dict)
     compiled: list[str] = field(default_factory=list)
     passed_over: list[Named] = field(default_factory=list)
@@ -50,33 +52,32 @@ class Plan:
     has_graphs: bool = False
     may_be_empty: bool = False
 
-    def leave(self, reason: str, name: str, layer: nn.Module) -> None:
-        self.left.setdefault(reason, []).append((name, layer))
-
 
 def survey(module: nn.Module, where: Callable[[str, nn.Module], bool] | None) -> Plan:
     """Ask where about every batch norm, and decide about those that it wants.
 
     Raises ValueError or TypeError for a layer whose eps or momentum its forward would refuse.
     """
-    plan, held = Plan(), held_back(module)
+    plan, reasons = Plan(), _reasons(module)
     for layer, names in names_of_modules(module).items():
         if is_frozen_class(type(layer)):
             plan.frozen.append((names[0], layer))
             continue
-        alone = held.get(layer) or why_alone(type(layer))
-        if not (alone or is_candidate(layer)):
+        why = reasons.get(layer, "")
+        if not (why or is_candidate(layer)):
             continue
         if where is not None and not any(where(name, layer) for name in names):
             plan.passed_over.append((names[0], layer))
         elif isinstance(layer, SyncBatchNorm):
             plan.ours.append((names[0], layer))
-        elif alone:
-            plan.leave(alone, names[0], layer)
+            if why:
+                plan.unsafe.setdefault(why, []).append((names[0], layer))
+        elif why:
+            plan.left.setdefault(why, []).append((names[0], layer))
         else:
-            _decide(plan, names[0], layer)
+            plan.changes.append(_change(names[0], layer))
     plan.compiled = [
-        f"{name or 'the module itself'} ({what})"
+        f"{shortened(name or 'the module itself', 50)} ({what})"
         for name, holder, what in compiled_batch_norms(module)
         if where is None or where(name, holder)
     ]
@@ -87,21 +88,39 @@ def survey(module: nn.Module, where: Callable[[str, nn.Module], bool] | None) ->
     return plan
 
 
-def _decide(plan: Plan, name: str, layer: nn.Module) -> None:
+def _reasons(module: nn.Module) -> dict[nn.Module, str]:
+    """Why layers stay: for their own sake, their holders', or with a layer that stays whole."""
+    alone = {layer: why for layer in module.modules() if (why := _why(layer))}
+    inside = {
+        part: why
+        for layer, why in reversed(alone.items())  # the outermost has the last word
+        for part in layer.modules()
+        if is_candidate(part) and not isinstance(part, SyncBatchNorm)
+    }
+    return inside | alone | held_back(module)
+
+
+def _why(layer: nn.Module) -> str:
+    cls = type(layer)
+    if isinstance(layer, SyncBatchNorm) or is_frozen_class(cls):
+        return ""
+    target = target_of(cls)
+    if target is None and (why := why_alone(cls)):
+        return why
+    if not is_candidate(layer):
+        return ""
     known = known_rule(layer)
     if known is not None and (problem := known[0].misfit(known[1], layer)):
-        plan.leave(f"{_LAYOUT} ({problem})", name, layer)
-        return
-    target = target_of(type(layer))
-    if target is None or own_forward(layer) is not None:
-        plan.leave(OVERRIDES, name, layer)
-        return
-    state = vars(layer)
+        return f"{_LAYOUT} ({shortened(problem, 240)})"
+    return OVERRIDES if target is None or own_forward(layer) is not None else ""
+
+
+def _change(name: str, layer: nn.Module) -> Change:
+    target, known, state = target_of(type(layer)), known_rule(layer), vars(layer)
+    assert target is not None, "what has none has a reason to stay"
     origin = Origin(type(layer), target, state.get("process_group"), "process_group" in state)
     held_as = known[0].group if known else ""
-    plan.changes.append(
-        Change(name, layer, origin, getattr(layer, held_as, None) if held_as else None)
-    )
+    return Change(name, layer, origin, getattr(layer, held_as, None) if held_as else None)
 
 
 def _check_options(name: str, layer: Any) -> None:

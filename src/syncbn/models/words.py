@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import warnings
 
-from .names import grouped
+from .names import grouped, shortened
 from .plan import OVERRIDES, Plan
 
 _LONGEST = 600  # characters of a warning
@@ -19,8 +19,9 @@ def warn(plan: Plan, kind: str, stacklevel: int) -> None:
     """Say what a plan leaves as it is. kind: the model's class, in words."""
     if plan.frozen:
         _log.info("convert: frozen, and so left as they are: %s", grouped(plan.frozen, 400))
-    for text in _texts(plan, kind):
-        warnings.warn(text, stacklevel=stacklevel + 1)
+    for text in _texts(plan, shortened(kind, 80)):
+        short = text if len(text) <= _LONGEST else f"{text[: _LONGEST - 1]}…"
+        warnings.warn(short, stacklevel=stacklevel + 1)
 
 
 def _texts(plan: Plan, kind: str) -> list[str]:
@@ -50,7 +51,7 @@ def _texts(plan: Plan, kind: str) -> list[str]:
 
 
 def _reasons(plan: Plan, room: int) -> list[str]:
-    """What was left alone, and why, each in about ``room`` characters."""
+    """What was left alone or may wait, and why, each in about ``room`` characters."""
     texts = []
     if plan.compiled:
         shown = [*plan.compiled[:3], *["…"][: len(plan.compiled) > 3]]
@@ -59,6 +60,9 @@ def _reasons(plan: Plan, room: int) -> list[str]:
             f"itself: {', '.join(shown)}. Convert the model they were made of, which torch.compile "
             "takes, or leave them out with where="
         )
+    for reason, layers in plan.unsafe.items():
+        rest = room - len(reason) - 25
+        texts.append(f"may wait for ever, {reason}: {grouped(layers, rest)}")
     for reason, layers in plan.left.items():
         remedy = f". {_REGISTER}" if reason == OVERRIDES or "layout" in reason else ""
         rest = room - len(reason) - len(remedy) - 20

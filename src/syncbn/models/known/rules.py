@@ -41,11 +41,14 @@ class Rule:
     view: Callable[[Any, Any], Any] = lambda layer, input: input
     _made: dict[type, type[SyncBatchNorm]] = field(default_factory=dict, init=False)
 
-    @property
-    def attribute(self) -> str:
-        """The name that pickles know the target by, an attribute of syncbn."""
-        library, *_, name = self.sources[0].split(".")
-        return f"_{library}_{name.lstrip('_')}"
+    def attribute(self, source: str) -> str:
+        """The name that pickles know the target of a source by, an attribute of syncbn.
+
+        Short for the first source; the others' have the whole path, as several may be imported.
+        """
+        library, *path, name = source.split(".")
+        between = () if source == self.sources[0] else path
+        return "_".join(("", library, *between, name.lstrip("_")))
 
     def target(self, source: type[nn.Module]) -> type[SyncBatchNorm]:
         """What a layer of class ``source`` becomes, once :meth:`misfit` has nothing to say."""
@@ -57,7 +60,7 @@ class Rule:
             name = source.__name__.lstrip("_")
             own = {"_rule": self}
             made = type(name if name.startswith("Sync") else f"Sync{name}", bases, own)
-            made.__module__, made.__qualname__ = "syncbn", self.attribute
+            made.__module__, made.__qualname__ = "syncbn", self.attribute(_named(source))
             made.__doc__ = f"{self.base.__name__} with what {_named(source)} does beside it."
             self._made[source] = made
         return self._made[source]
@@ -71,6 +74,8 @@ class Rule:
             if len(inputs) > self.inputs:
                 count = f"{self.inputs} input{'s'[: self.inputs > 1]}"
                 return f"expected a forward of {count}, got forward({', '.join(inputs)})"
+        if problem := _foreign_forward(source):
+            return problem
         if layer is None:
             return ""
         needs = (*_COMMON, *self.needs)
@@ -86,6 +91,17 @@ class Rule:
             bases = ", ".join(_named(base) for base in source.__bases__)
             return f"expected a subclass of {_named(torchs)}, got one of {bases}"
         return ""
+
+
+def _foreign_forward(source: type[nn.Module]) -> str:
+    """Whether a program has put another forward into the class, which ours would not run."""
+    holder = next(cls for cls in source.__mro__ if "forward" in vars(cls))
+    forward = vars(holder)["forward"]
+    names = (getattr(forward, name, "?") for name in ("__module__", "__qualname__"))
+    found = ".".join(map(str, names))
+    if holder.__module__.startswith("torch.") or found == f"{_named(holder)}.forward":
+        return ""
+    return f"expected {holder.__name__}'s own forward, got {found}"
 
 
 def _listed(names: Any) -> str:

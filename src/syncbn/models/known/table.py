@@ -61,15 +61,14 @@ def held_back(model: nn.Module) -> dict[nn.Module, str]:
 def target_named(attribute: str) -> type[SyncBatchNorm] | None:
     """The class that pickles name syncbn.<attribute>; its library is imported, as it is needed."""
     for rule in _ALL:
-        if rule.attribute == attribute and (rule.front is not None or rule.keeps):
-            for source in rule.sources:
+        for source in rule.sources if rule.keeps or rule.front is not None else ():
+            if rule.attribute(source) == attribute:
                 path, _, name = source.rpartition(".")
                 try:
-                    return rule.target(
-                        attrgetter(name)(sys.modules.get(path) or import_module(path))
-                    )
+                    found = attrgetter(name)(sys.modules.get(path) or import_module(path))
                 except (ImportError, AttributeError):
-                    continue
+                    return None
+                return rule.target(found)
     return None
 
 
