@@ -303,7 +303,7 @@ def test_lightning_adds_a_callback_to_those_who_use_the_plugin_alone():
     assert isinstance(pickle.loads(pickle.dumps(plugin)), layer_sync)
     if installed():
         with as_under_torchrun(0, 1):
-            trainer = pl.Trainer(**SETTINGS, plugins=[plugin])
+            trainer = pl.Trainer(**SETTINGS, plugins=[ours.SyncBN()])
         assert [type(each).__name__ for each in trainer.callbacks].count("WatchSyncBN") == 1
 
 
