@@ -146,20 +146,62 @@ def test_options_reach_the_layers_and_ours_stay_ours(ranks):
         own = syncbn.SyncBatchNorm2d(6, process_group=syncbn.comm.LOCAL)
         model = nn.Sequential(nn.BatchNorm2d(6), nn.BatchNorm2d(6), own)
         options = {"group_size": 1, "reproducible": True, "skip_nonfinite": True}
-        plugin = SyncBN(where=lambda name, layer: name == "1", **options)
+        before = own_state(own)
+        plugin = SyncBN(where=lambda name, layer: name != "0", **options)
         assert plugin.apply(model) is model
         inside = [type(layer) for layer in model]
         layer = model[1]
         got = (layer.process_group.size, layer.reproducible, layer.skip_nonfinite)
+        assert own_state(own) == before
         assert plugin.revert(model) is model
         assert [type(layer) for layer in model[:2]] == [nn.BatchNorm2d] * 2
         assert model[2] is own
         assert type(own) is syncbn.SyncBatchNorm2d
         assert own.process_group is syncbn.comm.LOCAL
+        assert own_state(own) == before
         return inside, got
 
     inside = [nn.BatchNorm2d, syncbn.SyncBatchNorm2d, syncbn.SyncBatchNorm2d]
     assert ranks(2, look) == [(inside, (1, True, True))] * 2
+
+
+def own_state(layer: nn.Module) -> list:
+    """What a plugin must leave as it is: attributes, the names of buffers among them."""
+    return [*vars(layer), *layer._buffers, layer.process_group, layer.reproducible]
+
+
+def test_a_model_of_our_layers_alone_stays_so_without_a_warning(recwarn):
+    from syncbn.integrations.lightning import SyncBN
+
+    model = nn.Sequential(syncbn.SyncBatchNorm2d(6))
+    before = own_state(model[0])
+    plugin = SyncBN(reproducible=True, skip_nonfinite=True)
+    plugin.revert(plugin.apply(model))
+    assert own_state(model[0]) == before
+    assert not recwarn.list
+
+
+def test_a_where_that_chooses_no_layer_is_told():
+    from syncbn.integrations.lightning import SyncBN
+
+    model = nn.Sequential(nn.BatchNorm2d(6), syncbn.SyncBatchNorm2d(6))
+    with pytest.warns(UserWarning, match="where chose none of the model's 2 batch norms"):
+        SyncBN(where=lambda name, layer: False).apply(model)
+
+
+def test_a_replicating_wrapper_is_reverted_too():
+    from syncbn.integrations.lightning import SyncBN
+
+    theirs = nn.DataParallel(nn.BatchNorm1d(3))
+    around_ours = nn.DataParallel(syncbn.SyncBatchNorm1d(3))
+    own = syncbn.DataParallel(syncbn.SyncBatchNorm1d(3), ["cpu"])
+    model = nn.ModuleList([theirs, around_ours, own])
+    plugin = SyncBN()
+    plugin.apply(model)
+    assert [type(each) for each in model] == [syncbn.DataParallel] * 3
+    plugin.revert(model)
+    assert [type(each) for each in model] == [nn.DataParallel] * 2 + [syncbn.DataParallel]
+    assert "_origin" not in vars(theirs)
 
 
 def test_one_process_stays_as_it_is():
@@ -200,6 +242,45 @@ def test_a_strategy_that_does_not_apply_it_is_refused(ranks):
     ]
 
 
+def test_a_strategy_that_knows_no_plugins_is_refused(ranks):
+    """A third party's, whose base class is Strategy itself, has no place for one."""
+
+    def refused(rank):
+        pl, ours = modules("lightning.pytorch")
+        from lightning.pytorch.strategies import DDPStrategy
+
+        class Theirs(DDPStrategy):
+            def __getattribute__(self, name):
+                if name == "_layer_sync":
+                    raise AttributeError(name)
+                return super().__getattribute__(name)
+
+            def setup(self, trainer):
+                self.model_to_device()
+
+        with as_under_torchrun(rank):
+            common = {**SETTINGS, "devices": 2, "strategy": Theirs()}
+            trainer = pl.Trainer(**common, enable_checkpointing=False, plugins=[ours.SyncBN()])
+            with pytest.raises(ValueError, match="got Theirs on rank"):
+                ours._check(None, trainer, lightning_module(pl, network()))
+
+    ranks(2, refused, timeout=120)
+
+
+BEFORE = """
+from syncbn.integrations.lightning import SyncBN
+plugin = SyncBN()
+import lightning.pytorch, pytorch_lightning
+for package in (lightning.pytorch, pytorch_lightning):
+    print(isinstance(plugin, package.plugins.LayerSync))
+"""
+
+
+def test_a_plugin_made_before_any_import_is_one_of_every_package():
+    (ended,) = execute(BEFORE)
+    assert ended.stdout == "True\nTrue\n", ended.stderr
+
+
 def installed() -> bool:
     """Whether Lightning finds this package's entry points by itself."""
     from importlib.metadata import entry_points
@@ -222,7 +303,7 @@ def test_lightning_adds_a_callback_to_those_who_use_the_plugin_alone():
     assert isinstance(pickle.loads(pickle.dumps(plugin)), layer_sync)
     if installed():
         with as_under_torchrun(0, 1):
-            trainer = pl.Trainer(**SETTINGS, plugins=[plugin])
+            trainer = pl.Trainer(**SETTINGS, plugins=[ours.SyncBN()])
         assert [type(each).__name__ for each in trainer.callbacks].count("WatchSyncBN") == 1
 
 

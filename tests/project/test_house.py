@@ -56,7 +56,7 @@ ROOMS = {
         {"dtensors", "fused", "replicas"},
         {"dispatch"},
     ),
-    "layers": ({"copies", "functional"}, {"modules"}, {"lazy"}),
+    "layers": ({"functional", "replaced"}, {"copies"}, {"modules"}, {"lazy"}),
     "diagnose": (
         {"agreement", "traces"},
         {"buffers", "desync", "recalibrate"},
@@ -89,7 +89,7 @@ ROOMS = {
     ),
     "batches": ({"nested"}, {"empty", "scatter", "transfer"}, {"uneven"}),
     "models": (
-        {"becoming", "graphs", "names", "quantisation", "registry", "replaced", "replicate"},
+        {"becoming", "graphs", "names", "quantisation", "registry", "replicate"},
         {"data_parallel", "freezing", "inputs", "masking", "plan"},
         {"measuring", "revert", "words"},
         {"accumulating"},

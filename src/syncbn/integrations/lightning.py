@@ -11,8 +11,9 @@ from typing import Any
 import torch.nn as nn
 
 from ..layers.modules import SyncBatchNorm
-from ..models.convert import convert
-from ..models.revert import revert
+from ..models.convert import convert_layers
+from ..models.names import check_where
+from ..models.revert import revert, revert_wrapper
 
 # Two packages with the same content, each of which knows its own classes alone.
 _PACKAGES = ("lightning.pytorch", "pytorch_lightning")
@@ -29,8 +30,9 @@ class SyncBN:
 
     Within fit each BatchNorm of the model normalises over all ranks, on CPUs too; validation is in
     eval mode and local. Afterwards the layers have the very classes that they had; layers that were
-    syncbn's before fit stay so. Checkpoints have the names and values of a plain model's. On one
-    process Lightning has no use for such a plugin, and the model stays as it is.
+    syncbn's before fit stay as they are, with their own options. Checkpoints have the names
+    and values of a plain model's. On one process Lightning has no use for such a plugin, and the
+    model stays as it is.
 
     Lightning calls LayerSync plugins under DDPStrategy and FSDPStrategy. With other strategies on
     several processes fit raises, where this package was installed with its entry points; there,
@@ -42,6 +44,7 @@ class SyncBN:
 
     Raises:
         ImportError: neither ``lightning`` nor ``pytorch_lightning`` can be imported.
+        TypeError: ``where`` is not callable.
         ValueError: from fit, for a ``group_size`` that does not divide the number of ranks, or a
             strategy that does not call the plugin.
 
@@ -65,7 +68,8 @@ class SyncBN:
         reproducible: bool | None = None,
         skip_nonfinite: bool | None = None,
     ) -> None:
-        self._options = {
+        check_where("SyncBN", where)
+        self._options: dict[str, Any] = {
             "group_size": group_size,
             "where": where,
             "reproducible": reproducible,
@@ -81,25 +85,28 @@ class SyncBN:
         _register()  # in a process that Lightning started, whose classes are new
 
     def apply(self, model: nn.Module) -> nn.Module:
-        """:func:`syncbn.convert` the model, in place."""
-        plain = [each for each in model.modules() if not isinstance(each, SyncBatchNorm)]
-        convert(model, **self._options)  # type: ignore[arg-type]
-        self._converted = [each for each in plain if isinstance(each, SyncBatchNorm)]
+        """:func:`syncbn.convert` the model, in place, but for layers that are syncbn's already."""
+        before = {each: type(each) for each in model.modules()}
+        convert_layers(model, None, **self._options, keep_ours=True, stacklevel=3)
+        self._converted += [each for each, kind in before.items() if type(each) is not kind]
         self._applied = True
         return model
 
     def revert(self, model: nn.Module) -> nn.Module:
         """:func:`syncbn.revert` what apply has converted, in place."""
-        for layer in self._converted:
-            revert(layer)
+        for each in self._converted:
+            if isinstance(each, SyncBatchNorm):
+                revert(each)
+            else:  # a DataParallel, whose layers may have been syncbn's before
+                revert_wrapper(each)
         self._converted, self._applied = [], False
         return model
 
 
 def _register() -> None:
-    """Make SyncBN a LayerSync of each package that is imported, or else of one that can be."""
+    """Make SyncBN a LayerSync of each package that is imported, or else of each that can be."""
     found = [package for package in _PACKAGES if package in sys.modules]
-    found = found or [name for name in _PACKAGES if find_spec(name.partition(".")[0])][:1]
+    found = found or [name for name in _PACKAGES if find_spec(name.partition(".")[0])]
     for package in found:
         importlib.import_module(f"{package}.plugins").LayerSync.register(SyncBN)
 
@@ -122,7 +129,8 @@ def _watch(package: str) -> Any:
 
 
 def _check(self: Any, trainer: Any, pl_module: Any) -> None:
-    plugin = getattr(trainer.strategy, "_layer_sync", None)
+    # Not the strategy's: one that knows no plugins has no place for them.
+    plugin = getattr(trainer._accelerator_connector, "_layer_sync", None)
     if isinstance(plugin, SyncBN) and not plugin._applied and trainer.world_size > 1:
         raise ValueError(
             "SyncBN: expected a strategy that applies LayerSync plugins, as DDPStrategy and "

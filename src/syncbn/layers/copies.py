@@ -7,16 +7,16 @@ import warnings
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..step.accumulation import Accumulator
 from ..step.identity import Number, take_number
+from .replaced import Watched, watch_replacements
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
 
-class Copied(_BatchNorm):
+class Copied(Watched):
     """A layer whose copies have its process group, and whose pickles have none."""
 
     def _state(self) -> dict[str, Any]:
@@ -51,3 +51,4 @@ class Copied(_BatchNorm):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         take_number(self)
+        watch_replacements()

@@ -18,6 +18,7 @@ from ..step.records import Options
 from ..step.tracking import skip_nonfinite, skips_nonfinite
 from ..tensors.recomputation import withhold
 from .copies import Copied
+from .replaced import watch_replacements
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -109,6 +110,7 @@ class SyncBatchNorm(Copied):
         resolve(process_group)
         self.process_group = process_group
         take_number(self)
+        watch_replacements()
         if not bias:  # not passed on: torch before 2.13 does not know it
             self.register_parameter("bias", None)
         self.reproducible = reproducible

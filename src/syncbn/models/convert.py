@@ -13,12 +13,12 @@ import torch.nn as nn
 
 from ..comm import resolve, subgroups
 from ..layers.modules import SyncBatchNorm
+from ..layers.replaced import watch_replacements
 from ..step.identity import take_name
 from .becoming import become
 from .data_parallel import DataParallel
 from .names import check_module, check_where
 from .plan import Change, survey
-from .replaced import watch_replacements
 from .words import warn
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
@@ -102,9 +102,13 @@ def convert_layers(
     group_size: int | None = None,
     reproducible: bool | None = None,
     skip_nonfinite: bool | None = None,
+    keep_ours: bool = False,
     stacklevel: int,
 ) -> ModuleT:
-    """:func:`convert`, with warnings for the caller ``stacklevel`` frames above."""
+    """:func:`convert`, with warnings for the caller ``stacklevel`` frames above.
+
+    keep_ours: let layers that are syncbn's already be as they are, options and names included.
+    """
     check_module("convert", module)
     check_where("convert", where)
     watch_replacements()
@@ -115,7 +119,7 @@ def convert_layers(
     for change in plan.changes:
         _apply(change)
     changed = ((change.name, change.layer) for change in plan.changes)
-    for name, layer in (*plan.ours, *changed):
+    for name, layer in (*([] if keep_ours else plan.ours), *changed):
         take_name(layer, name)
         if process_group is not None or group_size is not None:
             layer.process_group = process_group

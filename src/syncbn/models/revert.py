@@ -99,5 +99,10 @@ def _narrow_statistics(layer: SyncBatchNorm) -> None:
 
 def _revert_wrappers(module: nn.Module) -> None:
     for wrapper in module.modules():
-        if type(wrapper) is DataParallel and "_origin" in vars(wrapper):
-            become(wrapper, vars(wrapper).pop("_origin"))
+        revert_wrapper(wrapper)
+
+
+def revert_wrapper(wrapper: nn.Module) -> None:
+    """Make a torch.nn.DataParallel of one that convert has changed, and leave its layers."""
+    if type(wrapper) is DataParallel and "_origin" in vars(wrapper):
+        become(wrapper, vars(wrapper).pop("_origin"))
