@@ -51,10 +51,11 @@ def test_a_model_is_one_json_object(capfd: pytest.CaptureFixture[str]) -> None:
     assert status("--device", "cpu", "--rounds", "2", *NET, "--json", "--ranks", "2") == 0
     content = json.loads(capfd.readouterr().out)
     assert set(content) == {
-        *("options", "environment", "rows", "total", "balance", "sentence", "notes", "picture"),
-        "seconds",
+        *("options", "environment", "rows", "total", "ranking", "balance", "sentence", "notes"),
+        *("picture", "seconds"),
     }
     assert content["options"]["model"] == "support.planted:plain"
+    assert set(content["ranking"]) == {"syncbn", "batchnorm", "naive"}
     assert set(content["environment"]) == {
         *("versions", "machine", "device", "cores", "ranks", "threads", "kernels", "communicator"),
     }
@@ -70,7 +71,7 @@ def test_a_model_is_one_json_object(capfd: pytest.CaptureFixture[str]) -> None:
             for timing in passes.values():
                 assert set(timing) == {"median_ms", "spread_ms", "over_syncbn"}
         assert times["syncbn"]["both"]["over_syncbn"] == 1
-    assert set(content["balance"]) == {"dominates", "arithmetic", "messages", "waiting"}
+    assert set(content["balance"]) == {"dominates", "by", "arithmetic", "messages", "waiting"}
     assert content["picture"] is None
 
 
