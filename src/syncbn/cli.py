@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 
 from . import _interrupts
 from ._version import __version__
+from .pictures import Unwritable, check_path, write
 
 _COMMANDS = ("demo", "check", "bench", "info", "trace")
 _EXTRAS = {"rich": "cli", "matplotlib": "plot", "sklearn": "demo"}
@@ -35,6 +36,9 @@ def main(arguments: list[str] | None = None) -> int:
     except _Failure as failure:
         _complain(command, str(failure))
         return failure.status
+    except Unwritable as error:
+        _complain(command, str(error))
+        return 1
     except KeyboardInterrupt:
         _complain(command, "interrupted")
         return 130
@@ -132,16 +136,7 @@ def _add_demo_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--no-plot", action="store_true", help="Write no picture.")
 
 
-def _demo(
-    *,
-    ranks: int,
-    batch_per_rank: int,
-    epochs: int,
-    seed: int,
-    out: Path,
-    no_plot: bool,
-    as_json: bool,
-) -> None:
+def _demo(*, out: Path, no_plot: bool, as_json: bool, **asked: int) -> None:
     from rich.console import Console
 
     from .demo import data
@@ -150,10 +145,9 @@ def _demo(
     from .demo.progress import arm_bars
     from .demo.run import run
     from .launch import RankFailed
-    from .pictures import check_path
 
     try:
-        options = DemoOptions(ranks=ranks, batch_per_rank=batch_per_rank, epochs=epochs, seed=seed)
+        options = DemoOptions(**asked)
         if not no_plot:
             check_path("--out", out)
     except ValueError as error:
@@ -171,18 +165,11 @@ def _demo(
         console.print(says.table(report))
         console.print(says.sentence(report))
     if not no_plot:
-        _draw(report, out)
+        from .demo.picture import draw
+
+        write(draw, report, out)
         if not as_json:
             print(f"Picture: {out}")
-
-
-def _draw(report: Any, path: Path) -> None:
-    from .demo.picture import draw
-
-    try:
-        draw(report, path)
-    except OSError as error:
-        raise _Failure(f"cannot write the picture: {error}", status=1) from error
 
 
 def _info(*, as_json: bool) -> None:
@@ -232,11 +219,18 @@ def _bench(**options: Any) -> int:
 
 def _refusing(run: Callable[..., int], *, traceback: bool, **options: Any) -> int:
     """``run(**options)``; in one line what it refuses, unless the traceback is asked for."""
+    import rich  # noqa: F401  # without which nothing that is asked for can be done
+
     from .diagnose.check.options import Unusable
+    from .launch import RankFailed
 
     try:
         return run(**options)
+    except RankFailed as error:
+        status = 1
+        text, _, trace = str(error).partition("\n")
     except Unusable as error:
-        trace = f"{error.trace.rstrip()}\n" if traceback and error.trace else ""
+        status, trace = 2, error.trace
         text = str(error).removeprefix("check: ").removeprefix("bench: ")
-        raise _Failure(trace + text) from None
+    shown = f"{trace.rstrip()}\n" if traceback and trace else ""
+    raise _Failure(shown + text, status=status)

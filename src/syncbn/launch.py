@@ -34,7 +34,7 @@ _LINES_OF_LOG = 20
 
 
 class RankFailed(Exception):
-    """A rank raised, was killed or left early. The text says which and how, with its traceback."""
+    """A rank raised, was killed or left early. The text: which and how, then its traceback."""
 
 
 class RanksTimedOut(RankFailed):
@@ -153,10 +153,7 @@ def _watch(
     on_message: Callable[[Any], None],
     folder: Path,
 ) -> Iterator[float]:
-    """Ends when every rank has ended well and every message has been handed on.
-
-    Yields the time of each look at them.
-    """
+    """Yields the time of each look, until all have ended well and all messages are handed on."""
     running = {process.sentinel: process for process in processes}
     listening: list[Connection] = [receiver]
     while running or listening:
@@ -222,8 +219,8 @@ def _rank_main(rank: int, folder: Path, sender: Connection | None) -> None:
         if rank == 0:
             _write(folder / "result", result)
         code = 0
-    except (Exception, SystemExit):  # sys.exit(0) is no good end either: nothing was returned
-        _write_failure(rank, folder)
+    except (Exception, SystemExit) as error:  # sys.exit(0) is no good end either
+        _write_failure(rank, folder, error)
     # Without the interpreter's shutdown, which has nothing left to save: after a failure it may
     # wait for a stuck process group, and after success torch 2.13 aborted there now and then.
     os._exit(code)
@@ -238,8 +235,10 @@ def _end_with_parent(folder: Path) -> None:
     os._exit(1)
 
 
-def _write_failure(rank: int, folder: Path) -> None:
-    text = f"rank {rank} failed:\n{traceback.format_exc()}"
+def _write_failure(rank: int, folder: Path, error: BaseException) -> None:
+    # In one line what it is, for who shows no more; below it the traceback.
+    what = " ".join("".join(traceback.format_exception_only(error)).split())
+    text = f"rank {rank} failed: {what}\n{traceback.format_exc()}"
     mine = folder / f"failure-{rank}"
     mine.write_text(text, encoding="utf-8")
     with suppress(FileExistsError):  # the first rank's stays

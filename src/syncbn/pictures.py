@@ -1,9 +1,17 @@
-"""Where a picture can be written."""
+"""Where a picture can be written, and writing it there."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
+
+Drawn = TypeVar("Drawn")
+
+
+class Unwritable(Exception):
+    """A picture could not be written."""
 
 
 def writable_formats() -> frozenset[str]:
@@ -29,3 +37,15 @@ def check_path(option: str, path: Path) -> None:
         raise ValueError(f"{option}: cannot make {path.parent}: {error}") from None
     if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
         raise ValueError(f"{option}: {str(path)!r} is not writable")
+
+
+def write(draw: Callable[[Drawn, Path], None], report: Drawn, path: Path) -> None:
+    """``draw(report, path)``, after the work.
+
+    Raises:
+        Unwritable: the file could not be written, for all that :func:`check_path` saw.
+    """
+    try:
+        draw(report, path)
+    except OSError as error:
+        raise Unwritable(f"cannot write the picture: {error}") from None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib.util
 import json
 import os
@@ -18,6 +19,8 @@ if any(importlib.util.find_spec(name) is None for name in ("rich", "matplotlib")
     pytest.skip("needs rich and matplotlib", allow_module_level=True)
 
 from syncbn.cli import main
+from syncbn.diagnose.bench import measure, picture
+from syncbn.diagnose.bench.report import Report
 
 TOY = ["--device", "cpu", "--rounds", "2", "--shape", "2,3,4,5", "--shape", "4,3"]
 NET = ["--model", "support.planted:plain", "--input", "3,8,8", "--batch-per-rank", "2"]
@@ -48,10 +51,11 @@ def test_a_model_is_one_json_object(capfd: pytest.CaptureFixture[str]) -> None:
     assert status("--device", "cpu", "--rounds", "2", *NET, "--json", "--ranks", "2") == 0
     content = json.loads(capfd.readouterr().out)
     assert set(content) == {
-        *("options", "environment", "rows", "total", "balance", "sentence", "notes", "picture"),
-        "seconds",
+        *("options", "environment", "rows", "total", "ranking", "balance", "sentence", "notes"),
+        *("picture", "seconds"),
     }
     assert content["options"]["model"] == "support.planted:plain"
+    assert set(content["ranking"]) == {"syncbn", "batchnorm", "naive"}
     assert set(content["environment"]) == {
         *("versions", "machine", "device", "cores", "ranks", "threads", "kernels", "communicator"),
     }
@@ -67,7 +71,7 @@ def test_a_model_is_one_json_object(capfd: pytest.CaptureFixture[str]) -> None:
             for timing in passes.values():
                 assert set(timing) == {"median_ms", "spread_ms", "over_syncbn"}
         assert times["syncbn"]["both"]["over_syncbn"] == 1
-    assert set(content["balance"]) == {"dominates", "arithmetic", "messages", "waiting"}
+    assert set(content["balance"]) == {"dominates", "by", "arithmetic", "messages", "waiting"}
     assert content["picture"] is None
 
 
@@ -88,7 +92,9 @@ def test_one_rank_of_a_file(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -
         (["--shape", "4,x"], "expected sizes such as 4,64,56,56, got '4,x'"),
         (["--shape", "1,3"], "expected more than one value per channel on each rank"),
         (["--shape", "4,3", "--channels-last"], "shapes of 4 or 5 sizes for channels_last"),
-        (["--input", "3,8"], "expected input and data with a model, got none; add --model"),
+        (["--input", "3,8"], "expected input, data and batch-per-rank with a model, got none; add"),
+        (["--batch-per-rank", "4"], "and batch-per-rank with a model, got none; add --model"),
+        (["--batch-per-rank", "0"], "--batch-per-rank"),
         (["--model", "a:b"], "expected input, the shape of one sample, or data"),
         (["--model", "a:b", "--input", "3", "--shape", "4,3"], "shapes or a model, got both"),
         (["--model", "a", "--input", "3"], "expected factory as 'package.module:name', got 'a'"),
@@ -112,6 +118,51 @@ def test_what_cannot_be_measured_is_one_line_and_status_2(
     assert len(err.splitlines()) == 1
     assert err.startswith("syncbn bench: ")
     assert text in err
+
+
+@pytest.mark.parametrize("more", [[], ["--traceback"]], ids=["one-line", "traceback"])
+def test_a_rank_that_raises_is_one_line_and_status_1(
+    more: list[str], capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(measure, "run_rank", _broken_rank)
+    assert status(*TOY, *more) == 1
+    out, err = capfd.readouterr()
+    assert out == ""
+    *trace, last = err.splitlines()
+    if more:
+        assert trace.pop(0) == "syncbn bench: Traceback (most recent call last):"
+        assert "in _broken_rank" in err
+        assert last == "rank 1 failed: RuntimeError: broken on purpose"
+    else:
+        assert trace == []
+        assert last == "syncbn bench: rank 1 failed: RuntimeError: broken on purpose"
+
+
+def _broken_rank(rank: int, task: object, folder: Path, send: Callable[[object], None]) -> None:
+    if rank == 1:
+        raise RuntimeError("broken\non purpose")
+    signal.pause()
+
+
+def test_a_model_that_ends_its_process_is_one_line_and_status_1(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    assert status("--device", "cpu", "--model", "support.planted:dying", "--input", "3,8,8") == 1
+    assert capfd.readouterr().err == "syncbn bench: rank 0 left with exit status 7\n"
+
+
+def test_a_picture_that_cannot_be_written_is_one_line_and_status_1(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(report: Report, path: Path) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    monkeypatch.setattr(picture, "draw", full)
+    path = str(tmp_path / "a.png")
+    assert status(*TOY, "--ranks", "1", "--out", path) == 1
+    err = capfd.readouterr().err
+    reason = f"cannot write the picture: [Errno 28] No space left on device: '{path}'"
+    assert err == f"syncbn bench: {reason}\n"
 
 
 def test_a_gpu_that_is_not_there_is_refused(

@@ -141,7 +141,9 @@ sys.exit(main(arguments))
         ("rich", "demo", "demo"),
         ("sklearn", "demo", "demo"),
         ("matplotlib", "demo", "demo"),
-        ("rich", "check a:b", "cli"),
+        ("rich", "check a:b", "cli"),  # before what else is missing
+        ("rich", "bench", "cli"),
+        ("matplotlib", "bench --shape 2,3 --out x.png", "plot"),
     ],
 )
 def test_a_missing_extra_is_one_line(module: str, command: str, extra: str) -> None:

@@ -143,7 +143,7 @@ def reported(times: dict[str, Any] = TIMES, calls: int = 1, **options: Any) -> R
 
 def test_the_sentence_has_this_runs_figures() -> None:
     assert report.sentence(reported()) == (
-        "Neither arithmetic nor exchange dominates: forward and backward of one layer take "
+        "The exchange dominates, by its messages: forward and backward of one layer take "
         "4.00 ms, 25 % of it arithmetic, 50 % the messages and 25 % waiting for other ranks; that "
         "is 2.00 times the time of torch.nn.BatchNorm (which synchronises nothing) and 0.40 times "
         "the time of the naive synchronised layer."
@@ -164,7 +164,11 @@ def test_times_of_a_model_are_of_all_its_calls() -> None:
         (2.5, 0.1, (1, 0, 0), "Arithmetic dominates: "),  # slower than with its group, by chance
         (0.2, 1.6, (0.1, 0.8, 0.1), "The exchange dominates, by its messages: "),
         (0.2, 0.4, (0.1, 0.2, 0.7), "The exchange dominates, by waiting: "),
+        (0.62, 0.9, (0.31, 0.45, 0.24), "The exchange dominates, by its messages: "),
+        (0.92, 0.2, (0.46, 0.1, 0.44), "The exchange dominates, by waiting: "),
+        (1.02, 0.98, (0.51, 0.49, 0), "Arithmetic dominates: "),
         (1.0, 5.0, (0.5, 0.5, 0), "Neither arithmetic nor exchange dominates: "),
+        (1.0, 0.2, (0.5, 0.1, 0.4), "Neither arithmetic nor exchange dominates: "),
     ],
 )
 def test_what_dominates(
@@ -176,6 +180,26 @@ def test_what_dominates(
     assert found.balance is not None
     assert dataclasses.astuple(found.balance) == pytest.approx(shares)
     assert report.sentence(found).startswith(words)
+    by = "messages" if "messages" in words else "waiting" if "waiting" in words else None
+    name = "nothing" if words.startswith("Neither") else "arithmetic"
+    said = json.loads(report.as_json(found, picture=None))["balance"]
+    assert (said["dominates"], said["by"]) == ("exchange" if by else name, by)
+
+
+def test_the_fastest_layer_comes_first() -> None:
+    pytest.importorskip("rich", reason="needs rich")
+    one = reported()  # torch's 2 ms, ours 4, the naive 10
+    assert one.ranking == (LOCAL_PEER, SYNCBN, NAIVE)
+    assert json.loads(report.as_json(one, picture=None))["ranking"] == list(one.ranking)
+    by_input, together = report.tables(dataclasses.replace(one, rows=one.rows * 2))
+    layers = ["torch.nn.BatchNorm", "syncbn", "  its arithmetic", "  its messages", "naive layer"]
+    assert list(together.columns[0].cells) == layers
+    assert [column.header.split("\n") for column in by_input.columns[1:]] == [
+        *(["BatchNorm", "(×)"], ["syncbn", "(ms)"], ["arithmetic", "(ms)"]),
+        *(["messages", "(ms)"], ["naive", "(×)"]),
+    ]
+    cells = [next(iter(column.cells)) for column in by_input.columns[1:]]
+    assert cells == ["0.50", "4.00 ±0", "1.00", "2.00", "2.50"]
 
 
 def test_one_rank_exchanges_nothing() -> None:

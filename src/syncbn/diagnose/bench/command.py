@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 
-from ...pictures import check_path
+from ...pictures import check_path, write
 from ..check.options import DTYPES, Unusable
-from .options import SHAPES, Options
+from .options import SAMPLES, SHAPES, Options
 
 _RANKS = 2
 
@@ -29,8 +29,9 @@ def add_options(parser: argparse.ArgumentParser, number: Callable[[int], Any]) -
     parser.add_argument("--input", type=_shape, metavar="SIZES", help=what)
     what = "Or: module:function of the number of samples, gives the model's input."
     parser.add_argument("--data", metavar="NAME", help=what)
+    what = f"With --model: samples on each rank (default: {SAMPLES})."
+    parser.add_argument("--batch-per-rank", type=number(1), metavar="N", help=what)
     for name, default, text in (
-        ("--batch-per-rank", Options.batch_per_rank, "With --model: samples on each rank"),
         ("--rounds", Options.rounds, "How often everything is timed"),
         ("--threads", Options.threads, "Of each rank, on the CPU"),
     ):
@@ -44,7 +45,7 @@ def add_options(parser: argparse.ArgumentParser, number: Callable[[int], Any]) -
     what = "Default: cuda where torch sees a GPU. Each rank has one to itself."
     parser.add_argument("--device", choices=("cpu", "cuda"), help=what)
     parser.add_argument("--out", type=Path, metavar="FILE", help="Draw a picture, too.")
-    what = "Show the traceback where the factory, or what it made, raises."
+    what = "Show the traceback where the factory, what it made, or a rank raises."
     parser.add_argument("--traceback", action="store_true", help=what)
 
 
@@ -89,7 +90,9 @@ def run(*, as_json: bool, out: Path | None, **asked: Any) -> int:
         for line in (says.sentence(report), *(f"Note: {note}." for note in report.notes)):
             console.print(line)
     if out is not None:
-        _draw(report, out)
+        from .picture import draw
+
+        write(draw, report, out)
         if not as_json:
             print(f"Picture: {out}")
     return 0
@@ -100,12 +103,3 @@ def _check_path(out: Path) -> None:
         check_path("--out", out)
     except ValueError as error:
         raise Unusable(f"bench: {error}") from None
-
-
-def _draw(report: Any, out: Path) -> None:
-    from .picture import draw
-
-    try:
-        draw(report, out)
-    except OSError as error:
-        raise Unusable(f"bench: cannot write the picture: {error}") from None

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from .measure import ALONE, EXCHANGE, SYNCBN, Times
 from .options import Case
 from .timing import summary
 
 PASSES = ("forward", "backward", "both")
-ARITHMETIC, MESSAGES, WAITING, NOTHING = "arithmetic", "messages", "waiting", "nothing"
+ARITHMETIC, MESSAGES, WAITING = "arithmetic", "messages", "waiting"
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,8 @@ class Row:
 class Balance:
     """Where the time of forward and backward goes, in shares of 1.
 
+    The exchange is messages and waiting.
+
     Attributes:
         arithmetic: the time without a group over the time with it.
         messages: the time of the messages by themselves over it, at most what is left.
@@ -48,10 +51,18 @@ class Balance:
     waiting: float
 
     @property
-    def dominates(self) -> str:
-        """What takes more than half: "arithmetic", "messages" or "waiting"; else "nothing"."""
-        shares = {ARITHMETIC: self.arithmetic, MESSAGES: self.messages, WAITING: self.waiting}
-        return next((name for name, share in shares.items() if share > 0.5), NOTHING)
+    def dominates(self) -> Literal["arithmetic", "exchange", "nothing"]:
+        """What takes more than half; "nothing" only where each takes exactly a half."""
+        if self.arithmetic == 0.5:
+            return "nothing"
+        return "arithmetic" if self.arithmetic > 0.5 else "exchange"
+
+    @property
+    def by(self) -> Literal["messages", "waiting"] | None:
+        """The larger part of an exchange that dominates; else None."""
+        if self.dominates != "exchange":
+            return None
+        return "messages" if self.messages >= self.waiting else "waiting"
 
 
 def row_of(case: Case, times: Times) -> Row:
@@ -83,6 +94,12 @@ def balance_of(kinds: Kinds) -> Balance | None:
     arithmetic = min(1.0, kinds[ALONE]["both"].over_syncbn)
     messages = min(1 - arithmetic, kinds[EXCHANGE]["both"].over_syncbn)
     return Balance(arithmetic, messages, 1 - arithmetic - messages)
+
+
+def ranking(kinds: Kinds) -> tuple[str, ...]:
+    """The layers by their time of forward and backward, the fastest first."""
+    layers = [kind for kind in kinds if kind not in (ALONE, EXCHANGE)]
+    return tuple(sorted(layers, key=lambda kind: kinds[kind]["both"].median_ms))
 
 
 def _kinds(times: Times) -> Kinds:

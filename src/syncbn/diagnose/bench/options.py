@@ -11,6 +11,7 @@ import torch
 from ..check.options import DTYPES, Named, Unusable
 from ..check.options import Task as CheckTask
 
+SAMPLES = 4
 SHAPES = ((2, 64, 128, 128), (2, 256, 56, 56), (4, 512, 28, 28), (8, 2048, 7, 7))
 LAYOUTS = {
     "contiguous": torch.contiguous_format,
@@ -58,7 +59,7 @@ class Options:
     model: Named | None = None
     input: tuple[int, ...] | None = None
     data: Named | None = None
-    batch_per_rank: int = 4
+    batch_per_rank: int | None = None  # SAMPLES with a model
     dtype: str = "float32"
     channels_last: bool = False
     ranks: int = 2
@@ -68,22 +69,25 @@ class Options:
 
     def __post_init__(self) -> None:
         for name, least in _LEAST.items():
-            if (value := getattr(self, name)) < least:
+            if (value := getattr(self, name)) is not None and value < least:
                 raise Unusable(f"bench: expected {name} ≥ {least}, got {value}")
         if self.dtype not in DTYPES:
             raise Unusable(f"bench: expected dtype in {', '.join(DTYPES)}, got {self.dtype!r}")
         self._check_device()
         if self.model is None:
             self._check_shapes()
-        elif self.shapes:
+            return
+        if self.batch_per_rank is None:
+            object.__setattr__(self, "batch_per_rank", SAMPLES)
+        if self.shapes:
             raise Unusable("bench: expected shapes or a model, got both")
-        else:
-            _ = self.as_check  # which refuses what it cannot call
+        _ = self.as_check  # which refuses what it cannot call
 
     @property
     def as_check(self) -> CheckTask:
         """What makes the model and its input, as syncbn check takes it."""
         assert self.model is not None
+        assert self.batch_per_rank is not None
         return CheckTask(
             factory=self.model,
             ranks=1,
@@ -103,8 +107,11 @@ class Options:
         )
 
     def _check_shapes(self) -> None:
-        if self.input is not None or self.data is not None:
-            raise Unusable("bench: expected input and data with a model, got none; add --model")
+        given = (self.input, self.data, self.batch_per_rank)
+        if any(each is not None for each in given):
+            raise Unusable(
+                "bench: expected input, data and batch-per-rank with a model, got none; add --model"
+            )
         for shape in self.shapes:
             said = ",".join(map(str, shape))
             if not 2 <= len(shape) <= 5 or min(shape) < 1:

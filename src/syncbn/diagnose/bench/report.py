@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from ..check.options import spoken
-from .figures import ARITHMETIC, MESSAGES, NOTHING, PASSES, WAITING, Balance, Kinds, Row, Timing
+from .figures import PASSES, Balance, Kinds, Row, Timing, ranking
 from .measure import ALONE, EXCHANGE, LOCAL_PEER, NAIVE, SYNC_PEER, SYNCBN
 from .options import Case, Options
 
@@ -19,12 +19,13 @@ LABELS = {
     SYNC_PEER: "torch.nn.SyncBatchNorm",
     NAIVE: "naive layer",
 }
+_PARTS = (ALONE, EXCHANGE)  # of ours
 _SHORT = {LOCAL_PEER: "BatchNorm", SYNC_PEER: "SyncBN", NAIVE: "naive"}
-_DOMINATES = {
-    ARITHMETIC: "Arithmetic dominates",
-    MESSAGES: "The exchange dominates, by its messages",
-    WAITING: "The exchange dominates, by waiting",
-    NOTHING: "Neither arithmetic nor exchange dominates",
+_DOMINATES = {  # by what dominates, and by which of its parts
+    ("arithmetic", None): "Arithmetic dominates",
+    ("exchange", "messages"): "The exchange dominates, by its messages",
+    ("exchange", "waiting"): "The exchange dominates, by waiting",
+    ("nothing", None): "Neither arithmetic nor exchange dominates",
 }
 _LONGEST = 18  # letters of a layer's name in the table
 PEERS = {
@@ -50,6 +51,11 @@ class Report:
     def calls(self) -> int:
         """How many layers' steps the total is of."""
         return sum(row.case.calls for row in self.rows)
+
+    @property
+    def ranking(self) -> tuple[str, ...]:
+        """The layers by their time in the total, the fastest first."""
+        return ranking(self.total)
 
 
 def milliseconds(value: float) -> str:
@@ -100,23 +106,27 @@ def tables(report: Report) -> list[Any]:
 def _by_input(report: Report) -> Any:
     out = _table(f"{title(report)}: each input")
     out.add_column("input per rank", no_wrap=True)
-    parts = [kind for kind in (ALONE, EXCHANGE) if kind in report.total]
-    peers = [kind for kind in _SHORT if kind in report.total]
-    for heading in (
-        "syncbn\n(ms)",
-        *(f"{LABELS[kind].strip()}\n(ms)".removeprefix("its ") for kind in parts),
-        *(f"{_SHORT[kind]}\n(×)" for kind in peers),
-    ):
-        out.add_column(heading, justify="right", no_wrap=True)
+    kinds = _ranked(report)
+    for kind in kinds:
+        heading = f"{_SHORT[kind]}\n(×)" if kind in _SHORT else f"{LABELS[kind].strip()}\n(ms)"
+        out.add_column(heading.removeprefix("its "), justify="right", no_wrap=True)
     for row in report.rows:
-        times = {kind: passes["both"] for kind, passes in row.times.items()}
-        out.add_row(
-            _named(row.case, report.options),
-            _spread(times[SYNCBN]),
-            *(milliseconds(times[kind].median_ms) for kind in parts),
-            *(f"{times[kind].over_syncbn:.2f}" for kind in peers),
-        )
+        figures = (_figure(kind, row.times[kind]["both"]) for kind in kinds)
+        out.add_row(_named(row.case, report.options), *figures)
     return out
+
+
+def _ranked(report: Report) -> list[str]:
+    """What the tables show: the fastest layer first, our parts behind our layer."""
+    parts = [kind for kind in _PARTS if kind in report.total]
+    shown = ((kind, *parts) if kind == SYNCBN else (kind,) for kind in report.ranking)
+    return [kind for kinds in shown for kind in kinds]
+
+
+def _figure(kind: str, timing: Timing) -> str:
+    if kind == SYNCBN:
+        return _spread(timing)
+    return milliseconds(timing.median_ms) if kind in _PARTS else f"{timing.over_syncbn:.2f}"
 
 
 def _named(case: Case, options: Options) -> str:
@@ -140,11 +150,10 @@ def _together(report: Report) -> Any:
     out.add_column("layer")
     for heading in (*(f"{name} (ms)" for name in PASSES), "× syncbn"):
         out.add_column(heading, justify="right", no_wrap=True)
-    for kind, label in LABELS.items():
-        if kind in report.total:
-            times = report.total[kind]
-            figures = (_spread(times[name]) for name in PASSES)
-            out.add_row(label, *figures, f"{times['both'].over_syncbn:.2f}")
+    for kind in _ranked(report):
+        times = report.total[kind]
+        figures = (_spread(times[name]) for name in PASSES)
+        out.add_row(LABELS[kind], *figures, f"{times['both'].over_syncbn:.2f}")
     return out
 
 
@@ -181,7 +190,7 @@ def _dominating(report: Report, takes: str) -> str:
     balance = report.balance
     if balance is None:
         return f"One rank exchanges nothing, all is arithmetic: {takes}"
-    first = _DOMINATES[balance.dominates]
+    first = _DOMINATES[balance.dominates, balance.by]
     shares = [round(100 * share) for share in (balance.arithmetic, balance.messages)]
     return (
         f"{first}: {takes}, {shares[0]} % of it arithmetic, {shares[1]} % the messages and "
@@ -207,6 +216,7 @@ def as_json(report: Report, *, picture: str | None) -> str:
         "environment": report.environment,
         "rows": rows,
         "total": {"calls": report.calls, "times": _plain(report.total)},
+        "ranking": report.ranking,
         "balance": _balance(report.balance),
         "sentence": sentence(report),
         "notes": report.notes,
@@ -217,7 +227,9 @@ def as_json(report: Report, *, picture: str | None) -> str:
 
 
 def _balance(found: Balance | None) -> dict[str, Any] | None:
-    return None if found is None else {"dominates": found.dominates, **asdict(found)}
+    if found is None:
+        return None
+    return {"dominates": found.dominates, "by": found.by, **asdict(found)}
 
 
 def _plain(times: Kinds) -> dict[str, Any]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import platform
 import time
 from collections.abc import Callable
-from typing import Any
 
 from ... import launch
 from ...versions import versions
@@ -24,7 +23,8 @@ def run(options: Options, on_progress: OnProgress) -> Report:
     """Find the cases, measure them.
 
     Raises:
-        Unusable: the model cannot be measured, or a rank died; no process is left.
+        Unusable: the model cannot be measured.
+        RankFailed: a rank died; no process is left.
         KeyboardInterrupt, SystemExit: told to stop by a signal; no process is left.
     """
     start = time.perf_counter()
@@ -35,7 +35,7 @@ def run(options: Options, on_progress: OnProgress) -> Report:
         on_progress("measuring", progress.done, progress.total)
 
     task = Task(options, found.cases)
-    measured: Measured = launched(measure.run_rank, task, options.ranks, hear)
+    measured: Measured = launch.launch(measure.run_rank, task, ranks=options.ranks, on_message=hear)
     total = total_of(found.cases, measured.times)
     return Report(
         options=options,
@@ -48,20 +48,9 @@ def run(options: Options, on_progress: OnProgress) -> Report:
     )
 
 
-def launched(
-    worker: launch.Worker, task: Any, ranks: int, hear: Callable[[measure.Progress], None]
-) -> Any:
-    """:func:`syncbn.launch.launch`, whose failures are the command's."""
-    try:
-        return launch.launch(worker, task, ranks=ranks, on_message=hear)
-    except launch.RankFailed as error:
-        first, _, rest = str(error).partition("\n")
-        raise Unusable(f"bench: {first}", rest) from None
-
-
 def _found(options: Options, on_progress: OnProgress) -> Found:
     on_progress("finding the layers", 0, 1)
-    answer = launched(finding.run_rank, options, 1, lambda _: None)
+    answer = launch.launch(finding.run_rank, options, ranks=1, on_message=lambda _: None)
     if isinstance(answer, Refused):
         raise Unusable(answer.text, answer.trace)
     assert isinstance(answer, Found)
