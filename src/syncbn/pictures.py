@@ -11,7 +11,7 @@ Drawn = TypeVar("Drawn")
 
 
 class Unwritable(Exception):
-    """A picture could not be written."""
+    """What was found out could not be written down: a picture, a page."""
 
 
 def writable_formats() -> frozenset[str]:

@@ -140,3 +140,11 @@ def test_a_killed_parent_leaves_nothing(hanging: Callable[..., Running]) -> None
     running.process.kill()
     running.end()
     running.assert_nothing_left()
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_page_that_cannot_be_written_is_status_1(tmp_path, capfd):
+    (tmp_path / "page.html").symlink_to("/dev/full")
+    given = (f"{PLANTED}plain", *ONE_STEP, "--convert", "--html", str(tmp_path / "page.html"))
+    assert status(*given) == 1
+    assert capfd.readouterr().err.splitlines()[-1].startswith("syncbn check: cannot write the page")

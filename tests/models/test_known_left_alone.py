@@ -138,13 +138,16 @@ def test_what_a_layer_left_alone_holds_of_ours_stays_ours():
     assert layer.aux_bn[0].process_group is group
 
 
-def test_a_registration_goes_before_what_cannot_be_converted(monkeypatch):
-    class Mine(foreign.HeteroBatchNorm, syncbn.SyncBatchNorm):
+@pytest.mark.parametrize(
+    ("cls", "arguments"), [(foreign.HeteroBatchNorm, (4, 2)), (foreign.FrozenBatchNorm2d, (4,))]
+)
+def test_a_registration_goes_before_what_stays(cls, arguments, monkeypatch):
+    class Mine(cls, syncbn.SyncBatchNorm):
         pass
 
     monkeypatch.setattr(registry, "_TARGETS", dict(registry._TARGETS))
-    syncbn.register_conversion(foreign.HeteroBatchNorm, Mine)
-    layer = foreign.HeteroBatchNorm(4, 2)
+    syncbn.register_conversion(cls, Mine)
+    layer = cls(*arguments)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert type(syncbn.convert(syncbn.convert(layer))) is Mine

@@ -60,7 +60,7 @@ def survey(module: nn.Module, where: Callable[[str, nn.Module], bool] | None) ->
     """
     plan, reasons = Plan(), _reasons(module)
     for layer, names in names_of_modules(module).items():
-        if is_frozen_class(type(layer)):
+        if _is_frozen(type(layer)):
             plan.frozen.append((names[0], layer))
             continue
         why = reasons.get(layer, "")
@@ -100,9 +100,15 @@ def _reasons(module: nn.Module) -> dict[nn.Module, str]:
     return inside | alone | held_back(module)
 
 
+def _is_frozen(cls: type[nn.Module]) -> bool:
+    """Whether it normalises by fixed numbers, and nobody has registered what it becomes."""
+    ours = issubclass(cls, SyncBatchNorm)
+    return not ours and is_frozen_class(cls) and target_of(cls) is None
+
+
 def _why(layer: nn.Module) -> str:
     cls = type(layer)
-    if isinstance(layer, SyncBatchNorm) or is_frozen_class(cls):
+    if isinstance(layer, SyncBatchNorm) or _is_frozen(cls):
         return ""
     target = target_of(cls)
     if target is None and (why := why_alone(cls)):

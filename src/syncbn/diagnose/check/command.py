@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from ...pictures import Unwritable
 from .options import DTYPES, Task, Unusable
 
 EQUAL, DIFFERENT = 0, 1  # the exit status
@@ -69,7 +70,7 @@ def run(*, as_json: bool, html: Path | None, **options: Any) -> int:
         try:
             html.write_text(page(report), encoding="utf-8")
         except OSError as error:
-            raise Unusable(f"check: cannot write the page: {error}") from None
+            raise Unwritable(f"cannot write the page: {error}") from None
         if not as_json:
             print(f"Page: {html}")
     return EQUAL if report.ok else DIFFERENT
