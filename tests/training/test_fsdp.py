@@ -215,7 +215,7 @@ def test_group_sizes_that_do_not_fit(ranks):
         )
         assert "got 0" in zero
         assert number == "TypeError: group_size: expected a number of ranks, got float"
-        assert "expected process_group or group_size, got both" in both
+        assert "expected one of process_group, group_size and samples, got process_group=" in both
 
 
 def test_group_size_without_ranks():

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from . import devices
+from .alone import warn_if_alone
 from .base import Communicator, Local
 from .devices import Begun
 from .framed import Framed
@@ -19,6 +20,7 @@ from .mpi import MPI
 from .numbers import device_of, numbers_of_all
 from .process_group import ProcessGroup
 from .replicas import Replica, ReplicaGroup, Unplaced, current_replica
+from .samples import group_size_for
 from .shared_memory import SharedMemory
 from .threads import Threads, threads
 
@@ -44,12 +46,14 @@ __all__ = [
     "default_group",
     "device_of",
     "devices",
+    "group_size_for",
     "know_layers",
     "numbers_of_all",
     "refuse_join",
     "resolve",
     "subgroups",
     "threads",
+    "warn_if_alone",
 ]
 
 LOCAL = Local()

@@ -11,7 +11,7 @@ from typing import Any
 import torch.nn as nn
 
 from ..layers.modules import SyncBatchNorm
-from ..models.convert import convert_layers
+from ..models.convert import choose_group_size, convert_layers
 from ..models.names import check_where
 from ..models.revert import revert, revert_wrapper
 
@@ -39,8 +39,8 @@ class SyncBN:
     call :func:`syncbn.convert` in ``configure_model`` or before fit.
 
     Args:
-        group_size, where, reproducible, skip_nonfinite: as for :func:`syncbn.convert`. ``where``
-            gets names within the LightningModule.
+        group_size, samples, batch_per_rank, where, reproducible, skip_nonfinite: as for
+            :func:`syncbn.convert`. ``where`` gets names within the LightningModule.
 
     Raises:
         ImportError: neither ``lightning`` nor ``pytorch_lightning`` can be imported.
@@ -64,13 +64,15 @@ class SyncBN:
         self,
         *,
         group_size: int | None = None,
+        samples: int | None = None,
+        batch_per_rank: int | None = None,
         where: Callable[[str, nn.Module], bool] | None = None,
         reproducible: bool | None = None,
         skip_nonfinite: bool | None = None,
     ) -> None:
         check_where("SyncBN", where)
+        self._groups = (group_size, samples, batch_per_rank)
         self._options: dict[str, Any] = {
-            "group_size": group_size,
             "where": where,
             "reproducible": reproducible,
             "skip_nonfinite": skip_nonfinite,
@@ -87,7 +89,8 @@ class SyncBN:
     def apply(self, model: nn.Module) -> nn.Module:
         """:func:`syncbn.convert` the model, in place, but for layers that are syncbn's already."""
         before = {each: type(each) for each in model.modules()}
-        convert_layers(model, None, **self._options, keep_ours=True, stacklevel=3)
+        size = choose_group_size(None, *self._groups)
+        convert_layers(model, None, group_size=size, **self._options, keep_ours=True, stacklevel=3)
         self._converted += [each for each, kind in before.items() if type(each) is not kind]
         self._applied = True
         return model

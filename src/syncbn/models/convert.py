@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 import torch.nn as nn
 
-from ..comm import resolve, subgroups
+from ..comm import group_size_for, resolve, subgroups
 from ..layers.modules import SyncBatchNorm
 from ..layers.replaced import watch_replacements
 from ..step.identity import take_name
@@ -29,6 +29,8 @@ def convert(
     process_group: Any = None,
     *,
     group_size: int | None = None,
+    samples: int | None = None,
+    batch_per_rank: int | None = None,
     where: Callable[[str, nn.Module], bool] | None = None,
     reproducible: bool | None = None,
     skip_nonfinite: bool | None = None,
@@ -58,6 +60,9 @@ def convert(
         group_size: instead of ``process_group``, normalise over groups of that many consecutive
             ranks: [0 … k−1], [k … 2k−1] and so on. 1 means local statistics. Every rank must make
             this call: the first with its k makes the groups, later ones share them.
+        samples, batch_per_rank: instead of ``group_size``, how many samples statistics are to come
+            from, and how many each rank has in a step: the least ``group_size`` that reaches them,
+            within hosts where it can be (docs/when.md). Ranks compare these two.
         where: called with each layer's qualified name and the layer; False leaves it alone. A
             layer that is shared has several names and converts if where says so for one of them.
         reproducible, skip_nonfinite: as for :class:`SyncBatchNorm`; None leaves layers as they are.
@@ -69,7 +74,8 @@ def convert(
         TypeError: ``module`` is no Module, ``where`` not callable, or a wrong ``process_group``.
         ValueError: a group that this rank is not in; a ``group_size`` that does not divide the
             number of ranks, comes with a ``process_group``, or before
-            torch.distributed.init_process_group.
+            torch.distributed.init_process_group; ``samples`` without ``batch_per_rank``, beside
+            another choice of groups, more than all ranks have, or others on other ranks.
         ValueError or TypeError: a layer, named, whose eps or momentum its forward would refuse.
 
     Example:
@@ -78,20 +84,37 @@ def convert(
         >>> type(model[1]).__name__
         'SyncBatchNorm2d'
     """
-    if group_size is not None and process_group is not None:
-        raise ValueError(
-            f"convert: expected process_group or group_size, got both ({process_group!r} and "
-            f"{group_size}); leave one out"
-        )
     return convert_layers(
         module,
         process_group,
         where,
-        group_size=group_size,
+        group_size=choose_group_size(process_group, group_size, samples, batch_per_rank),
         reproducible=reproducible,
         skip_nonfinite=skip_nonfinite,
         stacklevel=3,
     )
+
+
+def choose_group_size(
+    process_group: Any, group_size: int | None, samples: int | None, batch_per_rank: int | None
+) -> int | None:
+    """The group_size that convert's arguments say, of which one alone may choose the groups."""
+    given = {"process_group": process_group, "group_size": group_size, "samples": samples}
+    chosen = [name for name, value in given.items() if value is not None]
+    if len(chosen) > 1:
+        values = " and ".join(f"{name}={given[name]!r}" for name in chosen)
+        raise ValueError(
+            f"convert: expected one of process_group, group_size and samples, got {values}; leave "
+            "all but one out"
+        )
+    if (samples is None) != (batch_per_rank is None):
+        raise ValueError(
+            "convert: expected samples and batch_per_rank together, got "
+            f"samples={samples!r} and batch_per_rank={batch_per_rank!r}; pass both, or group_size"
+        )
+    if samples is None or batch_per_rank is None:
+        return group_size
+    return group_size_for(samples, batch_per_rank)
 
 
 def convert_layers(

@@ -11,7 +11,7 @@ import torch.nn as nn
 from torch import Tensor
 from torch.autograd import profiler
 
-from ..comm import LOCAL, Framed, Replica, refuse_join, resolve
+from ..comm import LOCAL, Framed, Replica, refuse_join, resolve, warn_if_alone
 from ..comm.frames import DesyncError
 from ..kernels import Affine, Running
 from ..tensors.layout import (
@@ -106,6 +106,8 @@ def _normalise(
         nested = input
         input, lengths = packed_values(nested, options.training, options.reproducible)
     comm = LOCAL if mode.silent else resolve(options.group)
+    if not (mode.compiling or mode.silent) and comm is LOCAL and options.group is None:
+        warn_if_alone()
     if options.training:
         accumulator = find_accumulator(options.layer, running, comm, mode, input)
         # Others may stand in for these below.
