@@ -42,7 +42,7 @@ def test_groups_reach_the_samples(samples, size, ranks):
 
     x = torch.randn(8, 3, generator=torch.Generator().manual_seed(1)).double()
     for rank, (shown, y) in enumerate(ranks(4, run)):
-        assert (f"group_size={size}" in shown) == (size == 2), shown
+        assert (f"group_size={size}" in shown) == (size < 4), shown
         first = rank // size * size
         group = x[2 * first : 2 * (first + size)].numpy()
         mean, var = group.mean(0), group.var(0)
