@@ -37,13 +37,14 @@ def job_of(level):
 
 
 @needs_mpi
+@pytest.mark.slow  # half a minute on a busy machine: all processes import torch
 def test_mpi_must_be_running():
     finished = "expected a running MPI, but it was finalised; call mpi4py.MPI.Init()"
     assert job_of("serialized").stdout.count(finished) == 2
 
 
 @needs_mpi
-@pytest.mark.parametrize("level", ["funneled", "serialized"])
+@pytest.mark.parametrize("level", ["funneled", pytest.param("serialized", marks=pytest.mark.slow)])
 def test_calls_from_other_threads_need_a_level(level):
     ended = job_of(level)
     assert ended.code == 0, ended.stderr
@@ -69,7 +70,7 @@ print("went on")
 @pytest.mark.parametrize(
     "leave",
     [
-        "os.kill(os.getpid(), signal.SIGKILL)",
+        pytest.param("os.kill(os.getpid(), signal.SIGKILL)", marks=pytest.mark.slow),
         pytest.param("os._exit(3)", marks=pytest.mark.slow),
         "raise RuntimeError('out of data')",
     ],
