@@ -9,6 +9,7 @@ from torch import nn
 
 import syncbn
 from support.scripts import execute
+from syncbn.comm import samples
 from syncbn.comm.samples import least_group
 
 
@@ -56,12 +57,22 @@ def message(**options):
     return str(caught.value)
 
 
-def test_a_host_comes_first(ranks):
-    def run(rank):
-        with mock.patch.dict(os.environ, {"LOCAL_WORLD_SIZE": "2" if rank < 2 else "1"}):
-            return syncbn.convert(nn.BatchNorm1d(3), samples=3, batch_per_rank=1).extra_repr()
+@pytest.mark.parametrize(("hosts", "size"), [((2, 2, 2), 6), ((3, 3), 3), ((4, 2), 3)], ids=str)
+def test_a_host_comes_first_where_all_are_alike(hosts, size, monkeypatch):
+    """Three ranks are enough: of two hosts' six they are one and a half."""
+    here = [float(ranks) for ranks in hosts for _ in range(ranks)]
+    said = [[3.0, 1.0, ranks] for ranks in here]
+    monkeypatch.setattr(samples, "default_group", lambda: mock.Mock(size=6))
+    monkeypatch.setattr(samples, "numbers_of_all", lambda comm, mine: said)
+    assert samples.group_size_for(3, 1) == size
 
-    assert all("group_size=" not in shown for shown in ranks(3, run))  # hosts differ: no preference
+
+def test_torchrun_says_how_many_ranks_a_host_has(ranks):
+    def run(rank):
+        with mock.patch.dict(os.environ, {"LOCAL_WORLD_SIZE": "2"}):
+            return samples._ranks_of_this_host(), samples.group_size_for(3, 1)
+
+    assert ranks(4, run) == [(2, 4)] * 4  # and 4 are two hosts
 
 
 def test_what_is_refused_on_all_ranks_alike(ranks):

@@ -6,12 +6,14 @@ import argparse
 import os
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from ...pictures import check_path, write
+from ..check.command import sizes
 from ..check.options import DTYPES, Unusable
 from .options import SAMPLES, SHAPES, Options
 
@@ -22,11 +24,17 @@ def add_options(parser: argparse.ArgumentParser, number: Callable[[int], Any]) -
     """number: of the least value, what parses a whole number."""
     what = "Shape of a layer's input on each rank, such as 4,64,56,56; may be given several times "
     what += f"(default: {', '.join(','.join(map(str, shape)) for shape in SHAPES)})."
-    parser.add_argument("--shape", type=_shape, action="append", metavar="SIZES", help=what)
+    parser.add_argument(
+        "--shape",
+        type=partial(sizes, example="4,64,56,56"),
+        action="append",
+        metavar="SIZES",
+        help=what,
+    )
     what = "Instead: the layers of the model that module:function or file.py:function makes."
     parser.add_argument("--model", metavar="NAME", help=what)
     what = "With --model: shape of one sample, such as 3,64,64."
-    parser.add_argument("--input", type=_shape, metavar="SIZES", help=what)
+    parser.add_argument("--input", type=sizes, metavar="SIZES", help=what)
     what = "Or: module:function of the number of samples, gives the model's input."
     parser.add_argument("--data", metavar="NAME", help=what)
     what = f"With --model: samples on each rank (default: {SAMPLES})."
@@ -47,13 +55,6 @@ def add_options(parser: argparse.ArgumentParser, number: Callable[[int], Any]) -
     parser.add_argument("--out", type=Path, metavar="FILE", help="Draw a picture, too.")
     what = "Show the traceback where the factory, what it made, or a rank raises."
     parser.add_argument("--traceback", action="store_true", help=what)
-
-
-def _shape(text: str) -> tuple[int, ...]:
-    parts = text.replace("x", ",").split(",")
-    if not all(part.strip().isdecimal() and int(part) > 0 for part in parts):
-        raise argparse.ArgumentTypeError(f"expected sizes such as 4,64,56,56, got {text!r}")
-    return tuple(map(int, parts))
 
 
 def options_of(

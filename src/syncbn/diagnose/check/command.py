@@ -19,7 +19,7 @@ def add_options(parser: argparse.ArgumentParser, number: Callable[[int], Any]) -
     """number: of the least value, what parses a whole number."""
     parser.add_argument("factory", help="What makes the model: package.module:function.")
     what = "Shape of one sample, such as 3,64,64."
-    parser.add_argument("--input", type=_shape, metavar="SIZES", help=what)
+    parser.add_argument("--input", type=sizes, metavar="SIZES", help=what)
     what = "Instead of --input: module:function of the number of samples, gives the model's input."
     parser.add_argument("--data", metavar="NAME", help=what)
     what = "module:function of output and target, a mean; --data then gives (input, target)."
@@ -44,10 +44,11 @@ def add_options(parser: argparse.ArgumentParser, number: Callable[[int], Any]) -
     parser.add_argument("--traceback", action="store_true", help=what)
 
 
-def _shape(text: str) -> tuple[int, ...]:
+def sizes(text: str, example: str = "3,64,64") -> tuple[int, ...]:
+    """A shape, as options spell it."""
     parts = text.replace("x", ",").split(",")
     if not all(part.strip().isdecimal() and int(part) > 0 for part in parts):
-        raise argparse.ArgumentTypeError(f"expected sizes such as 3,64,64, got {text!r}")
+        raise argparse.ArgumentTypeError(f"expected sizes such as {example}, got {text!r}")
     return tuple(map(int, parts))
 
 
