@@ -19,7 +19,7 @@ from . import _interrupts as _interrupts  # before torch
 from . import comm, kernels
 from ._version import __version__
 from .batches.uneven import until_all_done
-from .comm.frames import DesyncError
+from .comm.errors import DesyncError
 from .comm.tracing import trace
 from .comm.waiting import timeout
 from .diagnose.buffers import sync_buffers

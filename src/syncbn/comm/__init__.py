@@ -22,6 +22,7 @@ from .process_group import ProcessGroup
 from .replicas import Replica, ReplicaGroup, Unplaced, current_replica
 from .samples import group_size_for
 from .shared_memory import SharedMemory
+from .sums import are_many
 from .threads import Threads, threads
 
 __all__ = [
@@ -43,6 +44,7 @@ __all__ = [
     "SharedMemory",
     "Threads",
     "Unplaced",
+    "are_many",
     "default_group",
     "device_of",
     "devices",

@@ -6,7 +6,8 @@ all ranks go on to the host's memory, several messages' together, and one of the
 them there and raises DesyncError where they differ: once it has sent its own message, as others may
 not know yet and wait for it. SYNCBN_COMPARE=at_once waits for them, to find the first call that
 differs, on all ranks alike.
-Layers are compared by the names that convert() gave them, or by their numbers.
+Layers are compared by the names that convert() gave them, or by their numbers. In a sum each rank
+adds its header to zeros of the others; many ranks add up their headers themselves (sums.py).
 
 A compiled graph and a captured one say nothing of themselves, in as many numbers: ranks that run
 one exchange the same messages as ranks that don't.
@@ -23,11 +24,10 @@ from ..tensors.prefix import NO_PREFIX, WORDS, Prefix
 from .frames import Received
 from .headers import WANTS, Caller
 from .later import TOGETHER, Later, Said
+from .sums import are_many
 
 if TYPE_CHECKING:
     from .framed import Framed
-
-_RANKS = 64  # of more, sums carry no headers
 
 
 class Begun(NamedTuple):
@@ -51,23 +51,23 @@ def begin(
 ) -> Begun:
     """How a message begins whose content, of this shape and dtype, is where a tensor is.
 
-    In a sum each rank adds its header to zeros of the others. What earlier messages said goes to
-    the host now: nothing runs on the device between what makes the content and the message.
+    What earlier messages said goes to the host now: nothing runs on the device between what makes
+    the content and the message.
     """
     (shape, dtype), gathers, wants = content, operation == "all_gather", float(flags & WANTS)
+    many = are_many(comm.size)
     if dtype != torch.float64:  # could not hold a header
-        return Begun(Prefix((wants,), 0, 1) if gathers else NO_PREFIX, shape, caller)
-    if not gathers and comm.size > _RANKS:
-        return Begun(NO_PREFIX, shape, caller)
-    room, at = (WORDS, 0) if gathers else (comm.size * WORDS, comm.rank * WORDS)
+        return Begun(Prefix((wants,), 0, 1) if gathers or many else NO_PREFIX, shape, caller)
+    each = not (gathers or many)  # has a place of its own
+    room, at = (comm.size * WORDS, comm.rank * WORDS) if each else (WORDS, 0)
     if _is_silent(where):
-        return Begun(Prefix((wants,) * WORDS if gathers else (), 0, room), shape, caller)
+        return Begun(Prefix(() if each else (wants,) * WORDS, 0, room), shape, caller)
     later = _later(comm)
     later.compare(comm)  # of calls before the last one, which all other ranks have got an answer to
     later.fetch(where.device, at_least=TOGETHER)
-    said = later.say(comm._frames.kind(operation, shape, dtype, caller), caller, flags)
-    words = (wants if gathers else 0.0, *said.words)
-    return Begun(Prefix(words, at, room), shape, caller, said)
+    kind = comm._frames.kind(operation, shape, dtype, caller)
+    said = later.say(kind, caller, flags, added=many and not gathers)
+    return Begun(Prefix((0.0 if each else wants, *said.words), at, room), shape, caller, said)
 
 
 def gather(comm: Framed, message: Tensor, begun: Begun) -> Received:
@@ -79,13 +79,16 @@ def gather(comm: Framed, message: Tensor, begun: Begun) -> Received:
     return Received(rows.reshape(comm.size, *begun.shape), received[:, 0])
 
 
-def reduce(comm: Framed, message: Tensor, begun: Begun) -> Tensor:
-    """See :meth:`Framed.reduce`. message: prefix and content, which are overwritten."""
+def reduce(comm: Framed, message: Tensor, begun: Begun) -> Received:
+    """See :meth:`Framed.reduce`. message: prefix and content, which are overwritten. flags of the
+    result: how many want a gradient (1,), where they are many.
+    """
     total = comm._beside(comm._reduce, message, "all_reduce", begun.caller)
     room = begun.prefix.room
     if begun.said is not None:
         _later(comm).watch(comm, total[:room].view(-1, WORDS), begun.said)
-    return total[room:].view(begun.shape) if room else total
+    flags = total[:1] if are_many(comm.size) else ()
+    return Received(total[room:].view(begun.shape) if room else total, flags)
 
 
 def _later(comm: Framed) -> Later:

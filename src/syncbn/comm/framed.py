@@ -11,9 +11,11 @@ from torch import Tensor
 from ..tensors.prefix import prefixed
 from . import devices, tracing
 from .base import Communicator, described
-from .frames import DesyncError, Frames, Received, Swapped
+from .errors import DesyncError
+from .frames import Frames, Received, Swapped
 from .headers import MAY, NOBODY, Caller
 from .packing import frame_of
+from .sums import calls_on
 from .waiting import Notes
 
 
@@ -32,7 +34,7 @@ class Framed(Communicator):
         """This communicator's calls so far."""
         found: Frames | None = vars(self).get("_calls_so_far")
         if found is None:
-            found = vars(self)["_calls_so_far"] = Frames(self)
+            found = vars(self)["_calls_so_far"] = calls_on(self)
         return found
 
     def _notes(self) -> Notes | None:
@@ -79,13 +81,13 @@ class Framed(Communicator):
         """The sum of all ranks' tensors, where they are more than exchange directly or on a device.
         The tensor may be overwritten by it.
         """
-        raise NotImplementedError
+        return self._send(tensor, operation).sum(0)
 
     def all_gather(self, tensor: Tensor) -> Tensor:
         return self.gather(tensor, NOBODY, 0).rows.contiguous()
 
     def all_reduce(self, tensor: Tensor) -> Tensor:
-        return self.reduce(tensor, NOBODY)
+        return self.reduce(tensor, NOBODY, MAY).rows
 
     def begin(
         self,
@@ -113,16 +115,15 @@ class Framed(Communicator):
         rows, said = self._frames.exchange(self, "all_gather", tensor, caller, flags)
         return Received(rows if tensor.is_cpu else rows.to(tensor.device), said)
 
-    def reduce(self, tensor: Tensor, caller: Caller, layer: Tensor | None = None) -> Tensor:
-        """:meth:`all_reduce` for a caller. layer: for graphs.py."""
-        if begun := self.begin("all_reduce", tensor, tensor.shape, tensor.dtype, caller, MAY):
+    def reduce(
+        self, tensor: Tensor, caller: Caller, flags: int, layer: Tensor | None = None
+    ) -> Received:
+        """:meth:`all_reduce`, and what each rank says beside it. layer: for graphs.py."""
+        if begun := self.begin("all_reduce", tensor, tensor.shape, tensor.dtype, caller, flags):
             message = prefixed(tensor, begun.prefix) if begun.prefix.room else tensor.clone()
             return devices.reduce(self, message, begun)
-        if self.size <= self.direct_exchange_max_size:
-            rows, _ = self._frames.exchange(self, "all_reduce", tensor, caller, 0)
-            return rows.sum(0, dtype=tensor.dtype).to(tensor.device)
-        self._frames.exchange(self, "all_reduce", tensor, caller, 0, inside=False)
-        return self._frames.kept(self._reduce, tensor.clone(), "all_reduce")
+        total, said = self._frames.exchange(self, "all_reduce", tensor, caller, flags)
+        return Received(total.to(tensor.device), said)
 
     def _beside(
         self,

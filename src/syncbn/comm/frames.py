@@ -21,9 +21,10 @@ from torch.utils._mode_utils import no_dispatch
 
 from . import tracing
 from .base import described
+from .errors import REMEDY, DesyncError, Unsent
 from .exchanges import DONE, Place
 from .headers import MAY, VERSION, WANTS, Caller, Head, Kind, agree, kind_of, may_be_parts
-from .packing import HEAD, HEADER, frame_of, heads_of, plain, rows_of
+from .packing import HEAD, HEADER, frame_of, heads_of, plain, rows_of, words_of
 from .waiting import Waiting
 
 if TYPE_CHECKING:
@@ -34,37 +35,12 @@ _Result = TypeVar("_Result")
 _ACCOUNT = 64  # words in which a rank says what it called
 _FIRST = 64  # words of a frame, beside the header, where nothing is known
 _KEPT = 10_000  # calls whose followers are remembered
-REMEDY = (
-    "every rank must run the same layers in the same order, and backward where the others do: look "
-    "for a branch that some ranks take, a layer that eval() or torch.no_grad() leaves out on some, "
-    "loaders of different lengths (iterate over syncbn.until_all_done(loader)), and options or "
-    "convert(where=...) that differ"
-)
-
-
-class DesyncError(RuntimeError):
-    """Ranks are out of step: what they call differs. Raised on every rank alike; of calls on a
-    device at a later call, which may be another one on each (docs/hangs.md).
-
-    layer: the name of the layer that this rank called; "" where no layer called.
-    ranks: what each rank called, in words, by its number.
-    """
-
-    def __init__(self, text: str, layer: str = "", ranks: dict[int, str] | None = None) -> None:
-        super().__init__(text)
-        self.layer, self.ranks = layer, ranks or {}
-
-
-class Unsent(RuntimeError):
-    """A message that no other rank knows of."""
-
-
-class InVain(RuntimeError):
-    """Why to wait no longer, in words that need no others."""
 
 
 class Received(NamedTuple):
-    """rows: every rank's tensor (W, *); flags: every rank's; on a device (W,)."""
+    """rows: every rank's tensor (W, *), or the sum of all (*); flags: every rank's; of many
+    ranks, what any wants and all may; on a device a tensor, which is not zero where any wants.
+    """
 
     rows: Tensor
     flags: Sequence[int] | Tensor
@@ -77,6 +53,15 @@ class Swapped(NamedTuple):
 
     frames: Tensor | None
     rows: Tensor | None = None
+
+
+class Call(NamedTuple):
+    """What is called, by whom, who says what beside it."""
+
+    operation: str
+    caller: Caller
+    flags: int
+    kind: Kind
 
 
 class Frames:
@@ -99,17 +84,16 @@ class Frames:
         tensor: Tensor,
         caller: Caller,
         flags: int,
-        inside: bool = True,
     ) -> Received:
-        """Every rank's tensor, where it is sent inside of frames, once all make this call.
+        """Every rank's tensor, or the sum of all, once all make this call.
 
         Modes that watch operations see none of it, as which there are depends on the calls before:
         a selective checkpoint's second forward must run the same ones.
         """
         if torch._C._len_torch_dispatch_stack() and type(tensor) is Tensor:
             with no_dispatch():
-                return self._exchange(comm, operation, tensor, caller, flags, inside)
-        return self._exchange(comm, operation, tensor, caller, flags, inside)
+                return self._exchange(comm, operation, tensor, caller, flags)
+        return self._exchange(comm, operation, tensor, caller, flags)
 
     def _exchange(
         self,
@@ -118,42 +102,67 @@ class Frames:
         tensor: Tensor,
         caller: Caller,
         flags: int,
-        inside: bool,
     ) -> Received:
+        """The same, in any mode."""
         self.waiting.check()
         comm._check(operation, tensor)
         kind = self.kind(operation, tensor.shape, tensor.dtype, caller)
         try:
-            content = plain(tensor if inside else tensor.new_empty(0))
+            content = plain(tensor)
         except Exception as error:  # there is nothing in it, or no memory left
             if not caller.direction:  # a layer tells of its own errors
                 comm.give_up(error)
             raise
         self.number, self.text = self.number + 1, kind.text
         self.waiting.withdraw(self.number, self.text)
-        head = HEAD.pack(VERSION << 32 | flags, kind.digest, self.number, kind.layer)
-        room, words = self._followed.get(self._last, _FIRST), -(-content.nbytes // 16) * 2
+        return self._deliver(comm, Call(operation, caller, flags, kind), content)
+
+    def _deliver(self, comm: Framed, call: Call, content: Tensor) -> Received:
+        head, operation, adds = self._head(call), call.operation, call.operation == "all_reduce"
+        rest = content if adds and comm.size > comm.direct_exchange_max_size else None
+        content = content if rest is None else content.view(-1)[:0]
+        room, words = self._room(), words_of(content)
         if words <= room:
             frames, rows = self.kept(comm._swap, head, content, room, operation)
         else:
             frame = frame_of(head, content, words)
             frames, rows = self.kept(comm._send, frame[: HEADER + room], operation), None
         heads = [HEAD.unpack(head)] * comm.size if frames is None else heads_of(frames)
-        if not (agree(heads) and self._is_one_layer(comm, heads, operation, caller)):
-            differ = self._desync(comm, heads, operation, caller)
-            tracing.fail(self.place, differ)
-            raise differ
-        if len(self._followed) > _KEPT:
-            self._followed.clear()
-        self._followed[self._last] = max(words, room)
-        self._last = kind.digest
+        self._compare(comm, heads, call)
+        self._agreed(call.kind, max(words, room))
         if frames is not None:
             if words > room:
-                rest = self.kept(comm._send, frame[HEADER + room :], operation)
-                frames = torch.cat((frames, rest), 1)
+                others = self.kept(comm._send, frame[HEADER + room :], operation)
+                frames = torch.cat((frames, others), 1)
             rows = rows_of(frames, content)
         assert rows is not None
+        if rest is not None:
+            rows = self.kept(comm._reduce, rest.clone(), operation)
+        elif adds:
+            rows = rows.sum(0, dtype=content.dtype)
         return Received(rows, [each[0] & (WANTS | MAY) for each in heads])
+
+    def _head(self, call: Call) -> bytes:
+        version = VERSION << 32 | call.flags
+        return HEAD.pack(version, call.kind.digest, self.number, call.kind.layer)
+
+    def _room(self) -> int:
+        """Words of a frame beside its header, as all ranks know them."""
+        return self._followed.get(self._last, _FIRST)
+
+    def _agreed(self, kind: Kind, words: int) -> None:
+        """All ranks make this call, which takes so many words beside the header."""
+        if len(self._followed) > _KEPT:
+            self._followed.clear()
+        self._followed[self._last] = words
+        self._last = kind.digest
+
+    def _compare(self, comm: Framed, heads: Sequence[Head], call: Call) -> None:
+        """Raise DesyncError, on all ranks, where these are not the headers of one call."""
+        if not (agree(heads) and self._is_one_layer(comm, heads, call)):
+            differ = self._desync(comm, heads, call)
+            tracing.fail(self.place, differ)
+            raise differ
 
     def look(self, operation: str, waited: float, longest: float) -> None:
         """See :meth:`Waiting.look`."""
@@ -186,14 +195,12 @@ class Frames:
             kind = self._kinds[key] = kind_of(described(operation, shape, dtype), caller)
         return kind
 
-    def _is_one_layer(
-        self, comm: Framed, heads: Sequence[Head], operation: str, caller: Caller
-    ) -> bool:
+    def _is_one_layer(self, comm: Framed, heads: Sequence[Head], call: Call) -> bool:
         """Whether names that differ may be one layer's: its model is part of another on some."""
         layers = tuple(head[3] for head in heads)
         if not may_be_parts(layers) or layers in self._one_layer:
             return True
-        names = [name for name in self._said(comm, caller.layer, operation) if name]
+        names = [name for name in self._said(comm, call.caller.layer, call.operation) if name]
         shortest = min(names, key=len)
         one = all(name == shortest or name.endswith(f".{shortest}") for name in names)
         if one:
@@ -208,11 +215,9 @@ class Frames:
         received = self.kept(comm._send, account.view(torch.float64), operation).view(torch.uint8)
         return [bytes(row).rstrip(b"\0").decode(errors="replace") for row in received.tolist()]
 
-    def _desync(
-        self, comm: Framed, heads: Sequence[Head], operation: str, caller: Caller
-    ) -> DesyncError:
+    def _desync(self, comm: Framed, heads: Sequence[Head], call: Call) -> DesyncError:
         """What every rank called, in its own words."""
-        self._last = 0  # from where all can go on
+        self._last, caller = 0, call.caller  # from where all can go on
         versions = {head[0] >> 32 for head in heads}
         if len(versions) > 1:
             return DesyncError(
@@ -225,7 +230,7 @@ class Frames:
             wants, may = heads[comm.rank][0] & WANTS, heads[comm.rank][0] & MAY
             text += ", gradients wanted" if wants else ", none wanted" if may else ", gradients off"
         self.text = text
-        texts = self._said(comm, text, operation)
+        texts = self._said(comm, text, call.operation)
         listed = "; ".join(f"rank {rank}: {text}" for rank, text in enumerate(texts))
         return DesyncError(
             f"{comm._name()}: ranks call different collectives: {listed} (call "

@@ -44,10 +44,12 @@ class _Traced(ProcessGroup):
             return self._in_graph.gather(tensor, caller, flags, layer)
         return super().gather(tensor, caller, flags)
 
-    def reduce(self, tensor: Tensor, caller: Caller, layer: Tensor | None = None) -> Tensor:
+    def reduce(
+        self, tensor: Tensor, caller: Caller, flags: int, layer: Tensor | None = None
+    ) -> Received:
         if _is_opaque(tensor):
-            return self._in_graph.reduce(tensor, caller, layer)
-        return super().reduce(tensor, caller)
+            return self._in_graph.reduce(tensor, caller, flags, layer)
+        return super().reduce(tensor, caller, flags)
 
     def all_gather(self, tensor: Tensor) -> Tensor:
         return self.gather(tensor, NOBODY, 0).rows

@@ -20,7 +20,7 @@ from ..tensors.inductor import lower
 from ..tensors.operators import define
 from .framed import Framed
 from .frames import Received
-from .headers import NOBODY, Caller
+from .headers import MAY, NOBODY, Caller
 
 _numbers = itertools.count(1)
 _known: dict[str, Callable[[], Framed | None]] = {}
@@ -59,16 +59,17 @@ class InGraph(Framed):
         rows = torch.ops.syncbn.gather.default(tensor, layer, self.name, self.size, *what)
         return Received(rows, ())
 
-    def reduce(self, tensor: Tensor, caller: Caller, layer: Tensor | None = None) -> Tensor:
-        what = caller.direction, caller.channels, caller.reproducible
-        total: Tensor = torch.ops.syncbn.reduce.default(tensor, layer, self.name, *what)
-        return total
+    def reduce(
+        self, tensor: Tensor, caller: Caller, flags: int, layer: Tensor | None = None
+    ) -> Received:
+        what = caller.direction, caller.channels, caller.reproducible, flags
+        return Received(torch.ops.syncbn.reduce.default(tensor, layer, self.name, *what), ())
 
     def all_gather(self, tensor: Tensor) -> Tensor:
         return self.gather(tensor, NOBODY, 0).rows
 
     def all_reduce(self, tensor: Tensor) -> Tensor:
-        return self.reduce(tensor, NOBODY)
+        return self.reduce(tensor, NOBODY, MAY).rows
 
 
 def _found(name: str) -> Framed:
@@ -110,9 +111,11 @@ def _reduce(
     direction: str,
     channels: int,
     reproducible: bool,
+    flags: int,
 ) -> Tensor:
     comm = _found(name)
-    return comm.reduce(tensor, _caller(comm, layer, direction, channels, reproducible))
+    caller = _caller(comm, layer, direction, channels, reproducible)
+    return comm.reduce(tensor, caller, flags).rows
 
 
 def _keep_order(lowerings: Any, operator: Any) -> Callable[..., Any]:
@@ -143,9 +146,9 @@ def _reduced_shape(tensor: Tensor, *_: Any) -> Tensor:
     return tensor.new_empty(tensor.shape)
 
 
-_CALLER = "str direction, int channels, bool reproducible"
+_CALLER = "str direction, int channels, bool reproducible, int flags"
 define(
-    f"gather(Tensor tensor, Tensor? layer, str comm, int size, {_CALLER}, int flags) -> Tensor",
+    f"gather(Tensor tensor, Tensor? layer, str comm, int size, {_CALLER}) -> Tensor",
     _gather,
     _gathered_shape,
 )

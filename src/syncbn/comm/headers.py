@@ -47,11 +47,14 @@ NOBODY = Caller()
 
 
 class Kind(NamedTuple):
-    """A kind of call: its words, and what stands for them and for the layer in headers."""
+    """A kind of call: its words; what stands for them and for the layer in headers, and for both
+    in sums of headers (sums.py).
+    """
 
     text: str
     digest: int
     layer: int
+    both: int
 
 
 def kind_of(told: str, caller: Caller) -> Kind:
@@ -60,7 +63,8 @@ def kind_of(told: str, caller: Caller) -> Kind:
     layer = caller.number << 32 | caller.trail
     if caller.named or caller.found:
         layer = _digest(caller.layer) | (NAMED if caller.named else FOUND)
-    return Kind(f"{told}{caller}", _digest(f"{told} {what}"), layer)
+    digest = _digest(f"{told} {what}")
+    return Kind(f"{told}{caller}", digest, layer, _digest(f"{VERSION} {digest} {layer}"))
 
 
 def may_be_parts(layers: Sequence[int]) -> bool:

@@ -7,13 +7,15 @@ import os
 from collections import deque
 from collections.abc import Sequence
 from contextlib import nullcontext
+from itertools import islice
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .frames import REMEDY, DesyncError
+from .errors import REMEDY, DesyncError
 from .headers import FOUND, NAMED, NONE, SINGLE, WANTS, Caller, Kind, may_follow
+from .sums import Added, added_words
 
 if TYPE_CHECKING:
     from .framed import Framed
@@ -41,11 +43,11 @@ class Said(NamedTuple):
 
 
 class _Sent(NamedTuple):
-    """What was said in messages, and all ranks' headers of these (W, WORDS each) on the host, once
-    ``arrived``, a device's event, has taken place.
+    """What was said in messages, each of so many rows of headers, which are on the host together
+    (*, WORDS), once ``arrived``, a device's event, has taken place.
     """
 
-    said: Sequence[Said]
+    said: Sequence[tuple[Said, int]]
     heads: Tensor
     arrived: Any
 
@@ -60,13 +62,17 @@ class Later:
         self._sent: deque[_Sent] = deque(maxlen=_KEPT)
         self._texts: dict[tuple[float, ...], str] = {}
 
-    def say(self, kind: Kind, caller: Caller, flags: int) -> Said:
+    def say(self, kind: Kind, caller: Caller, flags: int, added: bool) -> Said:
+        """added: in a sum of all ranks' headers."""
         digest, layer = kind.digest % _EXACT, _layer(kind.layer)
         if len(self._texts) > _KEPT:
             self._texts.clear()
         self._texts[digest, layer] = kind.text
-        has = _HAS + (0 if flags & NONE else 1 if flags & SINGLE else 2)
-        has += 0 if may_follow(flags | WANTS) else _CANNOT
+        values = 0 if flags & NONE else 1 if flags & SINGLE else 2
+        follows = may_follow(flags | WANTS)
+        if added:
+            return Said(kind.text, caller.layer, added_words(kind, values, follows))
+        has = _HAS + values + (0 if follows else _CANNOT)
         return Said(kind.text, caller.layer, (float(digest), float(layer), float(has)))
 
     def watch(self, comm: Framed, heads: Tensor, said: Said) -> None:
@@ -89,11 +95,12 @@ class Later:
         full = self._bytes > _BYTES or len(waiting) >= at_least
         if waiting and (full or stream != self._stream):
             with self._stream or nullcontext():
-                heads = torch.stack([heads for _, heads in waiting])
+                heads = torch.cat([heads for _, heads in waiting])
                 host = torch.empty_like(heads, device="cpu", pin_memory=not heads.is_cpu)
                 host.copy_(heads, non_blocking=True)
                 arrived = None if self._stream is None else self._stream.record_event()
-            self._sent.append(_Sent([said for said, _ in waiting], host, arrived))
+            said = [(each, len(heads)) for each, heads in waiting]
+            self._sent.append(_Sent(said, host, arrived))
             waiting.clear()
             self._bytes = 0
         self._stream = stream
@@ -109,24 +116,28 @@ class Later:
             if arrived is not None:
                 arrived.synchronize()
             self._sent.popleft()
-            for each, found in zip(said, heads.tolist(), strict=True):
-                self._check(comm, each, [tuple(map(_number, head)) for head in found])
+            rows = iter(heads.tolist())
+            for each, count in said:
+                found = [tuple(map(_number, head)) for head in islice(rows, count)]
+                self._check(comm, each, found)
 
     def _check(self, comm: Framed, said: Said, found: Sequence[tuple[int, ...]]) -> None:
-        if _differ(found):
+        added = Added(comm.size, *found[0]) if len(found) < comm.size else None
+        if _differ(found) if added is None else added.differ():
             self._sent.clear()
             self._waiting.clear()
             self._bytes = 0
-            texts = {rank: self._text(*head) for rank, head in enumerate(found)}
+            texts = {} if added else {rank: self._text(*head) for rank, head in enumerate(found)}
             listed = "; ".join(f"rank {rank}: {text}" for rank, text in texts.items())
             raise DesyncError(
-                f"{comm._name()}: ranks called different collectives on a device: {listed}, "
+                f"{comm._name()}: ranks called different collectives on a device: "
+                f"{listed or f'{comm.size} ranks, too many to name'}, "
                 f"found after this rank's {said.text}; {VARIABLE}=at_once raises at the call "
                 f"itself; {REMEDY}",
                 said.layer,
                 texts,
             )
-        if _is_single(found):
+        if _is_single(found) if added is None else added.is_single():
             raise ValueError(
                 "Expected more than 1 value per channel when training, got 1 on all "
                 f"{comm.size} ranks together, in this rank's {said.text}; use a larger batch or "

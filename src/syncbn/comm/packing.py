@@ -21,6 +21,11 @@ def plain(tensor: Tensor) -> Tensor:
     return torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu").copy_(tensor.detach())
 
 
+def words_of(content: Tensor) -> int:
+    """Those of a frame that it fills: an even number, as elements may have 16 bytes."""
+    return -(-content.nbytes // 16) * 2
+
+
 def frame_of(head: bytes, content: Tensor, words: int) -> Tensor:
     """A header and so many words, of which the content fills the first."""
     frame = torch.empty(HEADER + words, dtype=torch.float64, device="cpu")
@@ -41,7 +46,6 @@ def heads_of(received: Tensor) -> list[tuple[int, ...]]:
 def rows_of(received: Tensor, content: Tensor) -> Tensor:
     """The contents (W, *) of all ranks' frames, which are like this rank's."""
     if content.dtype != torch.float64:
-        words = -(-content.nbytes // 16) * 2
-        received = received[:, : HEADER + words].view(content.dtype)
+        received = received[:, : HEADER + words_of(content)].view(content.dtype)
     shape, strides = (len(received), *content.shape), (received.stride(0), *content.stride())
     return received.as_strided(shape, strides, HEAD.size // content.itemsize)

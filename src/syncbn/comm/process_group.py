@@ -16,9 +16,11 @@ from torch import Tensor
 
 from .channel import Channel, find_channel
 from .endings import outlive
+from .errors import InVain, Unsent
 from .framed import Framed
-from .frames import Frames, InVain, Swapped, Unsent
+from .frames import Frames, Swapped
 from .groups import engine_of, has_private, private, refuse_device, store_of, timeout_of
+from .sums import calls_on
 from .waiting import SLICE, Notes, StoreNotes, limit_of
 
 EXCHANGES = ("torch", "shared_memory")  # of SYNCBN_EXCHANGE
@@ -75,10 +77,9 @@ class ProcessGroup(Framed):
 
     @property
     def _frames(self) -> Frames:
-        found = _FRAMES.get(self.group)
-        if found is None:
-            found = _FRAMES[self.group] = Frames(self)
-        return found
+        if self.group not in _FRAMES:
+            _FRAMES[self.group] = calls_on(self)
+        return _FRAMES[self.group]
 
     def _notes(self) -> Notes:
         return StoreNotes(store_of(self.group, self.group.group_name))

@@ -45,8 +45,17 @@ class Rounds:
                 self.end(obstacle)
                 self._check()
 
-    def meet(self, comm: Framed, operation: str, tensor: Tensor) -> Tensor:
-        """This rank's part in a message; what came of it, which is this rank's own."""
+    def meet(
+        self,
+        comm: Framed,
+        operation: str,
+        tensor: Tensor,
+        together: Callable[[list[Tensor]], Tensor] = torch.stack,
+    ) -> Tensor:
+        """This rank's part in a message; what came of it, which is this rank's own.
+
+        together: of what all ranks bring, in their order.
+        """
         rank = comm.rank
         with self.changed:
             self.check(rank, operation, tensor)
@@ -55,7 +64,7 @@ class Rounds:
             try:
                 if len(this.calls) == self.size:
                     self.round = Round()
-                    self._conclude(this)
+                    self._conclude(this, together)
                 else:
                     self._wait(this, operation, comm)
             except BaseException as error:  # Ctrl-C while waiting, no memory left
@@ -125,9 +134,9 @@ class Rounds:
             )
         return None
 
-    def _conclude(self, this: Round) -> None:
+    def _conclude(self, this: Round, together: Callable[[list[Tensor]], Tensor]) -> None:
         """The last rank to arrive works for all."""
-        this.result = torch.stack([this.calls[rank][1] for rank in range(self.size)])
+        this.result = together([this.calls[rank][1] for rank in range(self.size)])
         this.calls.clear()  # the arguments are their callers'
         self.changed.notify_all()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from .base import check_timeout
@@ -80,6 +81,9 @@ class Threads(Framed):
 
     def _send(self, tensor: Tensor, operation: str) -> Tensor:
         return self._group.meet(self, operation, tensor)
+
+    def _reduce(self, tensor: Tensor, operation: str) -> Tensor:
+        return self._group.meet(self, operation, tensor, lambda all_: torch.stack(all_).sum(0))
 
     def _check(self, operation: str, tensor: Tensor) -> None:
         self._group.check(self.rank, operation, tensor)

@@ -12,7 +12,7 @@ E[x²] − E[x]² appears nowhere: it cancels as soon as the mean is large again
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -58,6 +58,24 @@ def merge(sets: Moments) -> Moments:
     distance = sets.mean - mean
     m2 = sets.m2.sum(0) + (weight * distance * distance).sum(0)  # n·δ first: zero stays zero
     return Moments(count, mean, m2)
+
+
+def merge_by_sums(own: Moments, add: Callable[[Tensor], Tensor]) -> Moments:
+    """The same of one set per rank, of which nobody sees the others': count (), mean and M2 (C,).
+
+    add: the sum over ranks of their tensors (*,), called twice. The first sum's mean is rounded by
+    as many additions as there are ranks; of the distances to it, which are small, the second finds
+    what it lacks.
+    """
+    sums = add(torch.cat((own.count.unsqueeze(0), own.count * own.mean)))
+    count, divisor = sums[0], sums[0].clamp_min(1)
+    near = sums[1:] / divisor
+    distance = own.mean - near
+    weighted = own.count * distance  # n·δ first: zero stays zero
+    lacking, m2 = add(torch.stack((weighted, own.m2 + weighted * distance)))
+    rest = lacking / divisor
+    rest = torch.where(rest.isfinite(), rest, 0.0)  # an infinite mean lacks nothing
+    return Moments(count, near + rest, m2)
 
 
 class Merged:

@@ -22,6 +22,8 @@ After J. Demmel and H. D. Nguyen, "Parallel Reproducible Summation", IEEE Transa
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -30,6 +32,7 @@ from .moments import Moments
 WIDTH = 28  # bits of a slice
 SLICES = 4
 _LOWEST = -31  # the lowest top: 2^(28·(−31 − 3)) = 2⁻⁹⁵² still has a reciprocal
+_BASE = 24  # bits of B, with which the powers B^top of all tops are doubles
 NUMBERS = 1 + SLICES + 1  # of a representation: top, slices, sum of what is not finite
 
 
@@ -57,16 +60,50 @@ def to_accumulator(terms: Tensor) -> Tensor:
 
 def finalise(sets: Tensor) -> tuple[Tensor, Tensor]:
     """The sums (K,) of all terms in W representations (W, 6, K), as a double and what it lacks."""
-    tops, slices, nonfinite = sets[:, 0], sets[:, 1:-1], sets[:, -1].sum(0)
-    top = tops.amax(0)
+    top, nonfinite = sets[:, 0].amax(0), sets[:, -1].sum(0)
     high, low = nonfinite, torch.zeros_like(nonfinite)
-    for place in range(SLICES):
-        own = place - (top - tops)  # where a set keeps the slice of this place
-        kept = slices.gather(1, own.clamp_min(0).long().unsqueeze(1)).squeeze(1)
-        whole = torch.where(own >= 0, kept, 0.0).sum(0)
+    for place, kept in enumerate(_slices_below(top, sets)):
+        whole = kept.sum(0)
         high, error = _two_sum(high, whole * _power_of_two(WIDTH * (top - place)))
         low = low + error
     return high, torch.where(high.isfinite(), low, 0.0)
+
+
+def _slices_below(top: Tensor, sets: Tensor) -> list[Tensor]:
+    """What each set has in the slices top to top − 3; sets (*, 6, K) → (*, K) of each slice."""
+    missing = top - sets[..., 0, :]  # of a set's own slices
+    slices = []
+    for place in range(SLICES):
+        own = (place - missing).unsqueeze(-2)
+        kept = sets[..., 1:-1, :].gather(-2, own.clamp_min(0).long())
+        slices.append(torch.where(own >= 0, kept, 0.0).squeeze(-2))
+    return slices
+
+
+def union_by_sums(own: Tensor, add: Callable[[Tensor], Tensor]) -> Tensor:
+    """The representation (6, K) of all ranks' terms, of which a rank knows that of its own.
+
+    add: the sum over ranks of their tensors, called twice. The first finds the highest top, J: the
+    sum of W powers Bᵗᵒᵖ is at least Bᴶ, and less than Bᴶ⁺¹ as long as W < B.
+    """
+    powers = add(_power_of_two(_BASE * own[0]))
+    _, exponent = torch.frexp(powers)  # powers < 2^exponent
+    top = (exponent.to(own.dtype) - 1).div(_BASE, rounding_mode="floor")
+    return torch.cat((top[None], add(torch.stack((*_slices_below(top, own), own[-1])))))
+
+
+def union_of_moments(own: Tensor, add: Callable[[Tensor], Tensor]) -> Tensor:
+    """The same of what :func:`moments_to_accumulator` makes, (1 + 12C,), all ranks' together."""
+    count, halves = own[:1], own[1:].view(2, NUMBERS, -1)
+    counts: list[Tensor] = []
+
+    def add_with_count(tensor: Tensor) -> Tensor:
+        total = add(torch.cat((count, tensor.flatten())))
+        counts.append(total[:1])
+        return total[1:].view(tensor.shape)
+
+    union = union_by_sums(halves.movedim(0, 1).flatten(1), add_with_count)
+    return torch.cat((counts[0], union.view(NUMBERS, 2, -1).movedim(1, 0).flatten()))
 
 
 def moments_to_accumulator(samples: Tensor) -> Tensor:

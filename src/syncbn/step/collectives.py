@@ -5,12 +5,14 @@ The derivative of a collective is a collective. Elements of a batch travel toget
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..comm import Communicator
+from ..comm import Communicator, are_many
+from ..numerics.moments import Moments, merge, merge_by_sums, unpack
 
 _is_batched = torch._C._functorch.is_legacy_batchedtensor
 _LEVELS = 64  # of vmap inside each other, at most
@@ -24,6 +26,13 @@ def gather(tensor: Tensor, comm: Communicator) -> Tensor:
 def reduce(tensor: Tensor, comm: Communicator) -> Tensor:
     """``comm.all_reduce(tensor)``."""
     return _of_all_elements(_AllReduce, tensor, comm)
+
+
+def merged(own: Tensor, comm: Communicator) -> Moments:
+    """Moments of all ranks, each of which has its own, packed (1 + 2C,)."""
+    if are_many(comm.size):
+        return merge_by_sums(unpack(own), partial(reduce, comm=comm))
+    return merge(unpack(gather(own, comm)))
 
 
 def _of_all_elements(collective: Any, tensor: Tensor, comm: Communicator) -> Tensor:

@@ -17,7 +17,7 @@ from torch import Tensor
 from ..comm import Communicator
 from ..kernels import Statistics, composite
 from ..numerics.moments import inverse_deviation, merge, stacked, unpack
-from .collectives import gather, reduce
+from .collectives import merged, reduce
 
 
 def differentiable_gradients(
@@ -35,10 +35,10 @@ def differentiable_gradients(
     zero = graph_dependency(*xs, *dys, *weights)
     packed = [composite.measure(x, mask) for x, mask in zip(xs, masks, strict=True)]
     own = packed[0] if len(packed) == 1 else merge(unpack(stacked(packed))).pack()
-    merged = merge(unpack(gather(own + zero, comm)))
-    invstd = inverse_deviation(merged, eps)
+    found = merged(own + zero, comm)
+    invstd = inverse_deviation(found, eps)
     statistics = [
-        Statistics(*(t.to(x.device) for t in (merged.mean, invstd, merged.count))) for x in xs
+        Statistics(*(t.to(x.device) for t in (found.mean, invstd, found.count))) for x in xs
     ]
     sums = [
         composite.gradient_sums(dy, x, found)

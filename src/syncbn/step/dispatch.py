@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd import profiler
 
 from ..comm import LOCAL, Framed, Replica, refuse_join, resolve, warn_if_alone
-from ..comm.frames import DesyncError
+from ..comm.errors import DesyncError
 from ..kernels import Affine, Running
 from ..tensors.layout import (
     is_samplewise_contiguous,

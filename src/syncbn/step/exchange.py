@@ -1,15 +1,19 @@
-"""How per-channel numbers become those of all ranks, in one collective each way."""
+"""How per-channel numbers become those of all ranks, in one collective each way.
+
+Many ranks (comm/sums.py) take two in forward, sums, however little each has to tell.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from torch import Tensor
 
-from ..comm import WANTS, Communicator
+from ..comm import WANTS, Begun, Communicator, Received, are_many
 from ..kernels import Running, SampleKernels, composite
-from ..numerics.moments import merge, stacked, unpack
+from ..numerics.moments import merge, merge_by_sums, stacked, unpack
+from ..numerics.reproducible import union_by_sums, union_of_moments
 from ..tensors.graphs import after
 from ..tensors.layout import samplewise_contiguous
 from ..tensors.storages import held_in_graph
@@ -19,9 +23,7 @@ from .speaker import Speaker, towards
 
 
 class Gathered(NamedTuple):
-    """sets: packed moments (k, 1 + 2C); flags: each rank's, of which WANTS is not zero where it
-    wants a gradient; on a device (W,), which ranks do.
-    """
+    """sets: packed moments (k, 1 + 2C); flags: see :class:`~syncbn.comm.Received`."""
 
     sets: Tensor
     flags: Sequence[int] | Tensor
@@ -31,6 +33,32 @@ class Gathered(NamedTuple):
         if isinstance(self.flags, Tensor):
             return not self.flags.is_cpu or bool(self.flags.any())
         return any(flag & WANTS for flag in self.flags)
+
+
+def tell_moments(speaker: Speaker, own: Tensor, flags: int, begun: Begun | None = None) -> Received:
+    """Packed moments of all ranks, each a row, from a rank's own (1 + 2C,); of many ranks one row.
+
+    begun: see :meth:`Speaker.tell`; many ranks have begun nothing.
+    """
+    if not are_many(speaker.size):
+        return speaker.tell(own, flags, begun)
+    return _tell_many(lambda add: merge_by_sums(unpack(own), add).pack(), speaker, flags)
+
+
+def _tell_many(
+    union: Callable[[Callable[[Tensor], Tensor]], Tensor], speaker: Speaker, flags: int
+) -> Received:
+    """What ``union`` makes of sums over ranks, with the first of which each says what it does."""
+    said: list[Sequence[int] | Tensor] = []
+
+    def add(tensor: Tensor) -> Tensor:
+        if said:
+            return speaker.all_reduce(tensor)
+        total, flags_of_all = speaker.add(tensor, flags)
+        said.append(flags_of_all)
+        return total
+
+    return Received(union(add).unsqueeze(0), said[0])
 
 
 class Sums(NamedTuple):
@@ -64,7 +92,7 @@ class Exchange:
         if not isinstance(comm, Speaker):
             gathered = Gathered(self._merged(parts, own.unsqueeze(0)), (flags,))
         else:
-            rows, said = comm.tell(own, flags)
+            rows, said = self._tell(comm, own, flags)
             gathered = Gathered(self._merged(parts, rows), said)
         if self.accumulator is not None:
             self.accumulator.hear(gathered.sets)
@@ -84,6 +112,10 @@ class Exchange:
         """What this rank has to tell of its parts: a tensor of one dimension."""
         packed = [part.measure() for part in parts]
         return packed[0] if len(packed) == 1 else merge(unpack(stacked(packed))).pack()
+
+    def _tell(self, speaker: Speaker, own: Tensor, flags: int) -> Received:
+        """What all ranks have to tell: a row of each, or one of many together."""
+        return tell_moments(speaker, own, flags)
 
     def _merged(self, parts: Sequence[Part], received: Tensor) -> Tensor:
         """Packed moments (k, 1 + 2C) of what all ranks told (W, *)."""
@@ -117,13 +149,22 @@ class ReproducibleExchange(Exchange):
         (part,), dy, samples = parts, samplewise_contiguous(dys[0]), _samples(parts)
         sent = samples.gradient_sums_samples(dy, part.x, part.statistics, self.lengths)
         own = samples.total_samples(sent.unsqueeze(0))
-        received = towards("backward", self.comm, compiling).all_gather(sent)
+        comm = towards("backward", self.comm, compiling)
+        if are_many(comm.size):
+            received = union_by_sums(sent, comm.all_reduce).unsqueeze(0)
+        else:
+            received = comm.all_gather(sent)
         total = samples.total_samples(received)
         return Sums(after(total, (own,)) if compiling else (own,), total)
 
     def _measure(self, parts: Sequence[Part]) -> Tensor:
         (part,) = parts
         return _samples(parts).measure_samples(part.x, self.lengths)
+
+    def _tell(self, speaker: Speaker, own: Tensor, flags: int) -> Received:
+        if not are_many(speaker.size):
+            return speaker.tell(own, flags)
+        return _tell_many(lambda add: union_of_moments(own, add), speaker, flags)
 
     def _merged(self, parts: Sequence[Part], received: Tensor) -> Tensor:
         return _samples(parts).merge_samples(received)

@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..comm import LOCAL, MAY, WANTS, Replica, refuse_join
+from ..comm import LOCAL, MAY, WANTS, Replica, are_many, refuse_join
 from ..kernels import Affine, Fused, Implementation, Running, Statistics, select_kernels
 from ..tensors.prefix import NO_PREFIX
 from ..tensors.storages import check_held
 from .derivatives import differentiable_gradients
-from .exchange import Gathered
+from .exchange import Gathered, tell_moments
 from .function import parameter_gradients
 from .mode import is_differentiable
 from .records import Call
@@ -126,10 +126,12 @@ class _OverRanks(torch.autograd.Function):
     ) -> Tensor:
         (running, eps, kernels, speaker, flags), affine = rest, Affine(weight, bias)
         assert kernels.fused is not None
-        begun = speaker.begin("all_gather", x, (1 + 2 * x.shape[1],), flags)
+        begun = None
+        if not are_many(speaker.size):
+            begun = speaker.begin("all_gather", x, (1 + 2 * x.shape[1],), flags)
         prefix = NO_PREFIX if begun is None else begun.prefix
         own = kernels.fused.measure_checked(x, affine=affine, running=running, prefix=prefix)
-        sets, said = speaker.tell(own, flags, begun)
+        sets, said = tell_moments(speaker, own, flags, begun)
         y, statistics = kernels.steps.normalise(x, sets, affine=affine, running=running, eps=eps)
         if flags & WANTS or (grad_anchor is not None and Gathered(sets, said).is_gradient_wanted()):
             ctx.save_for_backward(x, weight)

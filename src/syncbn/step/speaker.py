@@ -9,8 +9,18 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from ..comm import WANTS, Begun, Caller, Communicator, Framed, Received, devices
-from ..comm.frames import DesyncError
+from ..comm import (
+    MAY,
+    WANTS,
+    Begun,
+    Caller,
+    Communicator,
+    Framed,
+    Received,
+    are_many,
+    devices,
+)
+from ..comm.errors import DesyncError
 from ..tensors.prefix import Prefix, prefixed
 from .identity import caller_of, name_layer
 
@@ -82,9 +92,13 @@ class Speaker(Communicator):
         gathered: Tensor = self._run(self._gathered, tensor)
         return gathered
 
+    def add(self, tensor: Tensor, flags: int, begun: Begun | None = None) -> Received:
+        """The same for the sum of all ranks' tensors."""
+        received: Received = self._run(self._added, tensor, flags, begun)
+        return received
+
     def all_reduce(self, tensor: Tensor, begun: Begun | None = None) -> Tensor:
-        total: Tensor = self._run(self._reduced, tensor, begun)
-        return total
+        return self.add(tensor, MAY, begun).rows
 
     def tells_later(self, tensor: Tensor) -> bool:
         """Whether what all ranks say beside such a tensor is looked at by a later call."""
@@ -106,11 +120,17 @@ class Speaker(Communicator):
     def _gathered(self, tensor: Tensor) -> Tensor:
         return self._checked("all_gather", self.comm.all_gather(tensor), (self.size, *tensor.shape))
 
-    def _reduced(self, tensor: Tensor, begun: Begun | None) -> Tensor:
+    def _added(self, tensor: Tensor, flags: int, begun: Begun | None) -> Received:
         if isinstance(self.comm, Framed):
             if begun is not None:
                 return devices.reduce(self.comm, tensor, begun)
-            return self.comm.reduce(tensor, self.caller, self.token)
+            return self.comm.reduce(tensor, self.caller, flags, self.token)
+        if not are_many(self.size):  # who say in rows what they say
+            return Received(self._reduced(tensor), ())
+        total = self._reduced(prefixed(tensor, Prefix((float(flags & WANTS),), 0, 1)))
+        return Received(total[1:].view(tensor.shape), total[:1])
+
+    def _reduced(self, tensor: Tensor) -> Tensor:
         return self._checked("all_reduce", self.comm.all_reduce(tensor), tuple(tensor.shape))
 
     def _checked(self, operation: str, received: Tensor, shape: tuple[int, ...]) -> Tensor:

@@ -20,7 +20,7 @@ from ..tensors.transforms import (
     check_not_transforming,
 )
 from .checks import check_options, refuse_single_value
-from .collectives import gather
+from .collectives import merged
 from .derivatives import graph_dependency
 from .masked import zero_masked
 from .records import Call
@@ -56,7 +56,8 @@ def _in_steps(call: Call, x: Tensor, mask: Tensor | None) -> Tensor:
             *(comm, call.options.layer, x.shape[1], call.mode.compiling),
             direction="forward within a transform",
         )
-        sets = gather(packed + graph_dependency(*call.affine), speaker)
+        own = packed + graph_dependency(*call.affine)
+        sets = merged(own, speaker).pack().unsqueeze(0)
     may_be_single = not x.is_meta and (mask is not None or x.numel() // x.shape[1] <= 1)
     if may_be_single and any_element_is_one(sets[:, 0].sum()):
         refuse_single_value([x.shape], comm.rank, comm.size)

@@ -24,7 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ...batches.nested import mapped
 from ...comm import waiting
-from ...comm.frames import DesyncError
+from ...comm.errors import DesyncError
 from ...launch import joined
 from ...models.convert import convert
 from . import build

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ...comm import Caller, Communicator, Framed
-from ...comm.frames import DesyncError
+from ...comm.errors import DesyncError
 from ...numerics.moments import wide_dtype
 
 _CALLER = Caller("observation", "syncbn.Monitor", named=True)
