@@ -6,6 +6,7 @@ The CPU stands for a device here: its messages take no frames, and go over gloo.
 from __future__ import annotations
 
 import os
+from contextlib import nullcontext
 from unittest import mock
 
 import pytest
@@ -15,6 +16,7 @@ from torch import nn
 
 import syncbn
 from support.launches import Others
+from support.many import as_many
 from syncbn import kernels
 from syncbn.comm import devices, groups, later, process_group
 from syncbn.comm import given as given_room
@@ -63,7 +65,8 @@ def on_device(program, together=1):
         return program()
 
 
-def test_steps_equal_those_of_frames(ranks):
+@pytest.mark.parametrize("many", [False, True])
+def test_steps_equal_those_of_frames(ranks, many):
     def step(rank):
         def run():
             torch.manual_seed(rank)
@@ -72,11 +75,52 @@ def test_steps_equal_those_of_frames(ranks):
             y.square().mul(y).sum().backward()
             return y.detach(), given.grad, layers["first"].weight.grad
 
-        return run(), on_device(run)
+        usual = run()
+        with as_many() if many else nullcontext():
+            return usual, on_device(run)
 
     for usual, found in ranks(2, step):
         for a, b in zip(usual, found, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
+
+
+def test_many_tell_that_they_differ(ranks):
+    """Not who, in a sum; and that they cannot follow each other into backward. The second sum of
+    a layer's forward finds out what the first said.
+    """
+
+    def step(rank):
+        def run(name):
+            layers = model()
+            with pytest.raises(syncbn.DesyncError) as caught:
+                layers[name](x())
+            layers["first"](x()).sum().backward()  # all go on together
+            return str(caught.value), caught.value.ranks
+
+        def wanting():
+            with torch.set_grad_enabled(rank == 0), pytest.raises(syncbn.DesyncError):
+                model()["first"](x())
+
+        with as_many():
+            told = on_device(lambda: run("second" if rank else "first"))
+            on_device(wanting)
+        return told
+
+    for text, said in ranks(2, step):
+        assert "called different collectives on a device: 2 ranks, too many to name, found" in text
+        assert not said
+
+
+def test_many_know_a_single_value(ranks):
+    def step(rank):
+        def run():
+            with pytest.raises(ValueError, match="got 1 on all 2 ranks together"):
+                model()["first"](torch.randn(1 - rank, WIDTH))
+
+        with as_many():
+            on_device(run)
+
+    ranks(2, step)
 
 
 @pytest.mark.parametrize("when", ["at_once", ""])
@@ -162,7 +206,7 @@ def test_two_launches_and_one_message_each_way(ranks):
     assert rest == [first]
     shapes, events = step_events[0]
     assert shapes == [(3, WIDTH, 5), (WIDTH,), (WIDTH,)]
-    copied = ["stack", "copy_"]
+    copied = ["cat", "copy_"]
     forward = ["measure", "_allgather_base_", "normalise"]
     backward = ["gradient_sums", "allreduce_", "input_gradient"]
     assert events == [*copied, *forward, *copied, *backward]
@@ -243,8 +287,10 @@ def test_dtypes_that_hold_no_header(ranks):
         assert total.dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
-def test_graphs_exchange_with_ranks_that_have_none(ranks, backend):
+@pytest.mark.parametrize(
+    ("backend", "many"), [("aot_eager", False), ("aot_eager", True), ("inductor", False)]
+)
+def test_graphs_exchange_with_ranks_that_have_none(ranks, backend, many):
     """By torch's own operators, of as many numbers."""
 
     def step(rank):
@@ -261,7 +307,10 @@ def test_graphs_exchange_with_ranks_that_have_none(ranks, backend):
         def never(tensor):
             return False
 
-        with mock.patch.object(given_room, "_is_opaque", never):
+        with (
+            mock.patch.object(given_room, "_is_opaque", never),
+            as_many() if many else nullcontext(),
+        ):
             return on_device(run)
 
     torch.manual_seed(0)
@@ -366,7 +415,7 @@ def test_an_empty_message(ranks):
 
 def test_headers_that_are_none_differ():
     """As where messages of different sizes have mixed on a device."""
-    comm, said = mock.Mock(), later.Said("a call", "a layer", (2.0, 2.0, 4.0))
+    comm, said = mock.Mock(size=2), later.Said("a call", "a layer", (2.0, 2.0, 4.0))
     headers = torch.tensor([[1.0, torch.nan, torch.inf, 4.0], [1.0, 2.0, 2.0, 4.0]])
     found = later.Later()
     found._waiting.append((said, headers.double()))

@@ -68,7 +68,7 @@ def test_calls_that_differ_are_named_on_every_rank(mpi_ranks, calls, kind):
 
     (text,) = set(mpi_ranks(3, differ))
     named = [f"{name} of ({n},) {str(dtype)[6:]}" for name, n, dtype in calls]
-    listed = f"rank 0: {named[0]}; rank 1: {named[0]}; rank 2: {named[1]} (call 1); every"
+    listed = f"ranks 0, 1: {named[0]}; rank 2: {named[1]} (call 1); every"
     assert text.startswith(f"{kind.__name__}: ranks call different collectives: {listed}")
 
 

@@ -6,7 +6,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from syncbn.numerics.moments import Moments, merge, unpack
+from support.many import by_sums
+from syncbn.numerics.moments import Moments, merge, merge_by_sums, unpack
 
 
 def of(values: torch.Tensor) -> Moments:
@@ -35,6 +36,17 @@ def test_merge_is_the_moments_of_the_union(sizes, seed, offset):
     values = torch.randn(sum(sizes), 3, generator=generator, dtype=torch.float64) + offset
     parts = [of(part) for part in values.split(sizes)] if sum(sizes) else [of(values)]
     assert_same(merge(stacked(parts)), of(values), relative=1e-12 * (1 + offset))
+
+
+@given(sizes, st.integers(0, 1000), st.sampled_from((0.0, 3.0, 1e6)))
+def test_sums_over_ranks_merge_as_well(sizes, seed, offset):
+    generator = torch.Generator().manual_seed(seed)
+    values = torch.randn(sum(sizes), 3, generator=generator, dtype=torch.float64) + offset
+    parts = [of(part) for part in values.split(sizes)] if sum(sizes) else [of(values)]
+    first, *others = by_sums(merge_by_sums, parts)
+    assert all(torch.equal(first.pack(), other.pack()) for other in others)
+    assert_same(first, of(values), relative=1e-12 * (1 + offset))
+    assert (first.mean - values.mean(0)).abs().nan_to_num().max() <= 4e-16 * (1 + offset)
 
 
 @given(st.integers(0, 1000))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from fractions import Fraction
+from itertools import pairwise
 from math import inf, nan
 
 import pytest
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 import syncbn
 from support import oracle
 from support.cases import Case, check, laid_out, share_of, step
+from support.many import by_sums
 from syncbn.kernels import composite
 from syncbn.numerics import reproducible
 from syncbn.numerics.moments import merge, unpack
@@ -36,6 +38,25 @@ def test_sums_are_exact_and_know_no_split(terms, data):
     largest = max(map(abs, terms), default=0)
     error = abs(high + low - sum(map(Fraction, terms)))
     assert error <= Fraction(largest) * (len(terms) + 1) / 2**78 + Fraction(1, 2**940)
+
+
+@given(terms=st.lists(numbers, max_size=12), cuts=st.lists(st.integers(0, 12), max_size=3))
+def test_the_union_by_sums_over_ranks_has_the_same_bits(terms, cuts):
+    column = torch.tensor(terms, dtype=torch.float64).view(-1, 1).expand(-1, 2)
+    edges = [0, *sorted(min(cut, len(terms)) for cut in cuts), len(terms)]
+    parts = [column[begin:end] for begin, end in pairwise(edges)]
+    owns = [reproducible.to_accumulator(part) for part in parts]
+    expected = torch.stack(reproducible.finalise(torch.stack(owns)))
+    for union in by_sums(reproducible.union_by_sums, owns):
+        assert torch.equal(union, reproducible.to_accumulator(column))
+        assert torch.equal(torch.stack(reproducible.finalise(union.unsqueeze(0))), expected)
+
+
+def test_the_highest_top_is_found_among_very_many_ranks():
+    top = torch.tensor([36.0, -31.0, 0.0], dtype=torch.float64)
+    own = torch.cat((top[None], torch.ones(5, 3, dtype=torch.float64)))
+    union = reproducible.union_by_sums(own, lambda numbers: numbers * 2**23)
+    assert torch.equal(union[0], top)
 
 
 def test_what_is_not_finite_stays_in_its_column():

@@ -26,6 +26,7 @@ from .exchanges import DONE, Place
 from .headers import MAY, VERSION, WANTS, Caller, Head, Kind, agree, kind_of, may_be_parts
 from .packing import HEAD, HEADER, frame_of, heads_of, plain, rows_of, words_of
 from .waiting import Waiting
+from .words import told
 
 if TYPE_CHECKING:
     from .framed import Framed
@@ -230,11 +231,10 @@ class Frames:
             wants, may = heads[comm.rank][0] & WANTS, heads[comm.rank][0] & MAY
             text += ", gradients wanted" if wants else ", none wanted" if may else ", gradients off"
         self.text = text
-        texts = self._said(comm, text, call.operation)
-        listed = "; ".join(f"rank {rank}: {text}" for rank, text in enumerate(texts))
+        ranks = dict(enumerate(self._said(comm, text, call.operation)))
         return DesyncError(
-            f"{comm._name()}: ranks call different collectives: {listed} (call "
+            f"{comm._name()}: ranks call different collectives: {told(ranks)} (call "
             f"{self.number}); {REMEDY}",
             caller.layer,
-            dict(enumerate(texts)),
+            ranks,
         )

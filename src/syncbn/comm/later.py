@@ -16,6 +16,7 @@ from torch import Tensor
 from .errors import REMEDY, DesyncError
 from .headers import FOUND, NAMED, NONE, SINGLE, WANTS, Caller, Kind, may_follow
 from .sums import Added, added_words
+from .words import told
 
 if TYPE_CHECKING:
     from .framed import Framed
@@ -128,10 +129,9 @@ class Later:
             self._waiting.clear()
             self._bytes = 0
             texts = {} if added else {rank: self._text(*head) for rank, head in enumerate(found)}
-            listed = "; ".join(f"rank {rank}: {text}" for rank, text in texts.items())
             raise DesyncError(
                 f"{comm._name()}: ranks called different collectives on a device: "
-                f"{listed or f'{comm.size} ranks, too many to name'}, "
+                f"{told(texts) or f'{comm.size} ranks, too many to name'}, "
                 f"found after this rank's {said.text}; {VARIABLE}=at_once raises at the call "
                 f"itself; {REMEDY}",
                 said.layer,

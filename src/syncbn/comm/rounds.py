@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .framed import Framed
 from .waiting import SLICE, limit_of
+from .words import ranks, told
 
 _numbers = itertools.count(1)
 
@@ -160,21 +161,14 @@ class Rounds:
 
     def _gone(self, operation: str) -> str:
         return (
-            f"{operation}: {_names(self.left)} left the 'with comm:' block before the others; "
+            f"{operation}: {ranks(self.left)} left the 'with comm:' block before the others; "
             "every rank must make as many forward and backward calls (an empty batch counts)"
         )
 
     def _missing(self, present: Iterable[int]) -> str:
         missing = set(range(self.size)).difference(present)
-        return f"{_names(missing)} {'has' if len(missing) == 1 else 'have'}"
+        return f"{ranks(missing)} {'has' if len(missing) == 1 else 'have'}"
 
     def _calls(self, this: Round) -> str:
-        calls = [
-            this.calls[rank][0] if rank in this.calls else "no call" for rank in range(self.size)
-        ]
-        return "; ".join(f"rank {rank}: {call}" for rank, call in enumerate(calls))
-
-
-def _names(ranks: Iterable[int]) -> str:
-    numbers = sorted(ranks)
-    return f"rank{'s' if len(numbers) > 1 else ''} {', '.join(map(str, numbers))}"
+        called = {rank: text for rank, (text, _) in this.calls.items()}
+        return told({rank: called.get(rank, "no call") for rank in range(self.size)})

@@ -17,6 +17,7 @@ from contextlib import suppress
 from typing import Any, NamedTuple, Protocol
 
 from .base import check_timeout
+from .words import ranks
 
 SLICE = 1.0  # seconds between looks at the notes
 _WARN = 60.0  # seconds after which users are told
@@ -238,7 +239,4 @@ class Waiting:
 
     def _missing(self, number: int, notes: Mapping[int, _Note]) -> str:
         absent = self._absent(number, notes) or self._others
-        many = len(absent) > 1
-        return (
-            f"rank{'s' if many else ''} {', '.join(map(str, absent))} {'have' if many else 'has'}"
-        )
+        return f"{ranks(absent)} {'have' if len(absent) > 1 else 'has'}"

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from ..comm.exchanges import DONE, FAILED, GAVE_UP, IN_FLIGHT
-from .traces import Call, Column, Columns, Key, Traces, ranges, ranks, read
+from ..comm.words import ranges, ranks
+from .traces import Call, Column, Columns, Key, Traces, read
 
 _LONG = 1.0  # seconds from which a call that has not ended is a wait
 AGREE, DIFFER = 0, 1  # the command's exit status

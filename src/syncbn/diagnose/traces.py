@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..comm.exchanges import VERSION
+from ..comm.words import ranges
 
 
 class Call(NamedTuple):
@@ -123,22 +124,3 @@ def _parsed(path: Path) -> dict[str, Any]:
         call = Call(str(said["words"]), float(said["began"]), ended, state, error)
         columns[int(said["communicator"])][2].calls[int(said["call"])] = call
     return file
-
-
-def ranges(numbers: Iterable[int]) -> str:
-    """0, 1, 2, 5 as "0–2, 5"."""
-    runs: list[list[int]] = []
-    for number in sorted(numbers):
-        if runs and runs[-1][1] == number - 1:
-            runs[-1][1] = number
-        else:
-            runs.append([number, number])
-    dash = {0: "", 1: ", "}
-    return ", ".join(
-        f"{begin}{dash.get(end - begin, '–')}{end if end > begin else ''}" for begin, end in runs
-    )
-
-
-def ranks(numbers: Collection[int]) -> str:
-    """The same with its noun."""
-    return f"rank{'s' if len(numbers) > 1 else ''} {ranges(numbers)}"
