@@ -208,6 +208,7 @@ bench-toy: $(READY)
 	$(BIN)/python benchmarks/cpu.py --quick
 	$(BIN)/python benchmarks/cpu.py ranks --quick
 	$(BIN)/python benchmarks/monitor.py --quick --rounds 3
+	$(BIN)/python benchmarks/scale.py --quick
 	$(BIN)/python benchmarks/cpu_compilers.py --quick
 	$(BIN)/python benchmarks/gpu_speed.py --quick --rounds 2
 	$(BIN)/python benchmarks/gpu_calls.py --rounds 2 --calls 2

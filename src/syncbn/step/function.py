@@ -1,9 +1,9 @@
 """The autograd.Function that serves every case: measure → exchange → merge → normalise, mirrored.
 
 It takes k local parts of a batch (k > 1: the replicas of a DataParallel) on each of W ranks.
-Whatever a rank's parts are, forward makes one all_gather of 2C + 2 numbers and backward one
-all_reduce of 2C numbers, of one dtype (float64 where the device has it). So ranks stay in step with
-empty batches, other dtypes, or no gradient wanted on some of them.
+Whatever a rank's parts are, forward makes one all_gather of 2C + 1 numbers (two sums of many ranks:
+exchange.py) and backward one all_reduce of 2C numbers, of one dtype (float64 where the device has
+it). So ranks stay in step with empty batches, other dtypes, or no gradient wanted on some of them.
 """
 
 from __future__ import annotations
