@@ -175,7 +175,7 @@ SEED ?= 0
 mutants: $(READY)
 	PYTHONPATH=tests $(BIN)/python -m mutation --number $(N) --seed $(SEED)
 
-CXX_FILES := $(wildcard csrc/*/*.h csrc/*/*.cpp tests/native/*.h tests/native/*.cpp)
+CXX_FILES := $(wildcard csrc/*/*.h csrc/*/*.cpp tests/native/*.h tests/native/*.cpp benchmarks/*.cpp)
 
 lint: $(READY)
 	$(BIN)/ruff check
