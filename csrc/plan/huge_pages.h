@@ -1,4 +1,4 @@
-// Huge pages for large results, whose page faults otherwise cost several times the arithmetic.
+// Huge pages for large results, whose page faults cost more than the arithmetic.
 #pragma once
 
 #if defined(__linux__)
@@ -9,24 +9,30 @@
 
 namespace syncbn {
 
-constexpr int64_t huge_page = int64_t(2) << 20;
-
-// The size from which memory is always a fresh mapping, which the kernel has to fill with zeros
-// page by page: the most that glibc lets its M_MMAP_THRESHOLD grow to. Smaller tensors mostly get
-// memory that was used before, which has its pages.
+// The most that glibc lets its M_MMAP_THRESHOLD grow to. From here on it gives every tensor a
+// mapping of its own, and the kernel has to find and clear each page. Smaller tensors mostly get
+// memory that has its pages, and shares its mapping with others, whose pages stay as they are.
 constexpr int64_t least_for_huge_pages = int64_t(32) << 20;
 
-// Asks for huge pages inside memory that was just allocated, if it is large. Whether they come is
-// for the kernel to decide; the memory holds the same numbers either way.
-inline void ask_for_huge_pages(void* data, int64_t bytes) {
 #if defined(MADV_HUGEPAGE)
-  if (bytes < least_for_huge_pages) return;
-  const auto begin = reinterpret_cast<uintptr_t>(data), end = begin + uintptr_t(bytes);
-  const uintptr_t mask = uintptr_t(huge_page) - 1;
-  const uintptr_t first = (begin + mask) & ~mask, last = end & ~mask;
-  madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+constexpr bool asks_for_huge_pages = true;
 #else
-  (void)data, (void)bytes;
+constexpr bool asks_for_huge_pages = false;
+#endif
+
+// Asks for huge pages for memory that nobody has written to yet, as far as whole ones lie in it, if
+// it is large. The system may refuse, and the memory of another allocator may have its pages
+// already: then all is as it was.
+inline void ask_for_huge_pages(void* data, int64_t bytes) {
+  if (!asks_for_huge_pages || bytes < least_for_huge_pages) return;
+#if defined(MADV_HUGEPAGE)
+  constexpr uintptr_t page = uintptr_t(2) << 20;  // of most processors, else it is a multiple
+  const auto begin = reinterpret_cast<uintptr_t>(data);
+  const uintptr_t first = (begin + page - 1) / page * page;
+  const uintptr_t end = (begin + uintptr_t(bytes)) / page * page;
+  madvise(reinterpret_cast<void*>(first), end - first, MADV_HUGEPAGE);
+#else
+  (void)data;
 #endif
 }
 
