@@ -207,6 +207,7 @@ bench-toy: $(READY)
 	$(BIN)/python benchmarks/collectives.py --ranks 2 --rounds 5
 	$(BIN)/python benchmarks/cpu.py --quick
 	$(BIN)/python benchmarks/cpu.py ranks --quick
+	$(BIN)/python benchmarks/huge_pages.py --quick
 	$(BIN)/python benchmarks/monitor.py --quick --rounds 3
 	$(BIN)/python benchmarks/cpu_compilers.py --quick
 	$(BIN)/python benchmarks/gpu_speed.py --quick --rounds 2

@@ -9,9 +9,10 @@
 
 namespace syncbn {
 
-// The most that glibc lets its M_MMAP_THRESHOLD grow to. From here on it gives every tensor a
-// mapping of its own, and the kernel has to find and clear each page. Smaller tensors mostly get
-// memory that has its pages, and shares its mapping with others, whose pages stay as they are.
+// The most that glibc lets its M_MMAP_THRESHOLD grow to. From here on nearly every tensor gets a
+// mapping of its own, in which the kernel has to find and clear each page, and which goes when the
+// tensor does. Smaller ones mostly get memory that has its pages and stays, where others come to
+// lie.
 constexpr int64_t least_for_huge_pages = int64_t(32) << 20;
 
 #if defined(MADV_HUGEPAGE)

@@ -1,9 +1,10 @@
-"""benchmarks/cpu.py and cpu_compilers.py run at toy size; what they print and draw is complete."""
+"""benchmarks/cpu*.py and huge_pages.py run at toy size; what they print and draw is complete."""
 
 from __future__ import annotations
 
 import json
 import shutil
+import sys
 
 import pytest
 import torch
@@ -141,3 +142,10 @@ def test_layers_without_a_compiler_says_so(tmp_path):
         "no column of floors, which needs a C++ compiler: expected c++ or $CXX\n"
     )
     assert all("over_floor" not in row for row in json.loads(result.stdout)["rows"])
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs prctl")
+def test_huge_pages():
+    rows = rows_of("--rounds", "2", script="huge_pages.py")
+    assert [row["pass"] for row in rows] == ["forward", "backward"]
+    assert all(row["small_over_huge"] > 0 for row in rows)
