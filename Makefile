@@ -175,7 +175,7 @@ SEED ?= 0
 mutants: $(READY)
 	PYTHONPATH=tests $(BIN)/python -m mutation --number $(N) --seed $(SEED)
 
-CXX_FILES := $(wildcard csrc/*/*.h csrc/*/*.cpp tests/native/*.h tests/native/*.cpp)
+CXX_FILES := $(wildcard csrc/*/*.h csrc/*/*.cpp tests/native/*.h tests/native/*.cpp benchmarks/*.cpp)
 
 lint: $(READY)
 	$(BIN)/ruff check
@@ -207,6 +207,7 @@ bench-toy: $(READY)
 	$(BIN)/python benchmarks/collectives.py --ranks 2 --rounds 5
 	$(BIN)/python benchmarks/cpu.py --quick
 	$(BIN)/python benchmarks/cpu.py ranks --quick
+	$(BIN)/python benchmarks/huge_pages.py --quick
 	$(BIN)/python benchmarks/monitor.py --quick --rounds 3
 	$(BIN)/python benchmarks/scale.py --quick
 	$(BIN)/python benchmarks/cpu_compilers.py --quick

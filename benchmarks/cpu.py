@@ -12,15 +12,16 @@ rounds' own ratios, which holds when the machine's speed drifts. Outputs are fre
 "copy" is the median time of y.copy_(x) on a tensor like the input, y reused, in the same rounds.
 "Parts" are a layer of one process alone, an all_gather and an all_reduce as large as the layer's;
 "local" is that layer, "torch" torch's own, which synchronises nothing, "shared" shared memory.
+"Over floor" is syncbn's time over that of plain two-pass loops in C++, of one thread, which are
+compiled for this processor; their outputs are as fresh, and ask for huge pages, as syncbn's.
 """
 
 from __future__ import annotations
 
 import copy
 import importlib.util
-import statistics
 from collections.abc import Callable
-from dataclasses import dataclass
+from ctypes import CDLL
 from pathlib import Path
 from typing import Any
 
@@ -29,19 +30,19 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+import cpu_floor
 import syncbn
+from cpu_layers import CASES, LARGE, TOYS, measure, middle
 from cpu_picture import draw, environment, report
 from ranks import group_over_gloo, join_gloo, run_ranks
 from syncbn.comm.memory import unavailable
 from syncbn.diagnose.bench.measure import passes
 from syncbn.diagnose.bench.naive import NaiveSyncBatchNorm
-from syncbn.diagnose.bench.options import LAYOUTS, SHAPES
-from syncbn.diagnose.bench.timing import in_turns, interleaved, keep_freed_memory, summary
+from syncbn.diagnose.bench.options import SHAPES
+from syncbn.diagnose.bench.timing import interleaved, keep_freed_memory, summary
 from tabular import shown
 
 FEATURES = (4096, 256)
-SMALL = ((32, 256), (256, 64), (16, 128, 500), (1, 16, 256, 256), (1, 3, 512, 512))
-PASSES = ("forward", "backward")
 TITLES = {
     "layers": "One layer in training mode, one process",
     "ranks": "A synchronised layer over gloo and through shared memory, forward + backward",
@@ -50,22 +51,15 @@ TITLES = {
 }
 
 
-@dataclass(frozen=True)
-class Case:
-    """A tensor to normalise."""
-
-    shape: tuple[int, ...]
-    dtype: str
-    layout: str
-
-
-CASES = (
-    *(Case(shape, "float32", "contiguous") for shape in (*SHAPES, *SMALL)),
-    *(Case(shape, "float32", "channels_last") for shape in SHAPES),
-    *(Case(shape, "bfloat16", "contiguous") for shape in SHAPES[:3]),
-    *(Case(shape, "bfloat16", "channels_last") for shape in SHAPES[:3]),
-)
-TOYS = (Case((2, 3, 4, 5), "bfloat16", "channels_last"), Case((4, 3), "float32", "contiguous"))
+def floor_of(threads: tuple[int, ...]) -> CDLL | None:
+    """The loops that one thread is compared with, or a word about why there are none."""
+    if 1 not in threads:
+        return None
+    try:
+        return cpu_floor.load()
+    except cpu_floor.NoFloorError as reason:
+        click.echo(str(reason), err=True)
+        return None
 
 
 def step(layer: nn.Module, x: Tensor, dy: Tensor) -> Callable[[], None]:
@@ -77,36 +71,6 @@ def step(layer: nn.Module, x: Tensor, dy: Tensor) -> Callable[[], None]:
         backward()
 
     return run
-
-
-def measure(case: Case, threads: int, rounds: int) -> list[dict[str, Any]]:
-    """A row per pass. Small tensors get ten times the rounds; the first two rounds warm up."""
-    torch.set_num_threads(threads)
-    x = torch.randn(case.shape, dtype=getattr(torch, case.dtype))
-    x = x.contiguous(memory_format=LAYOUTS[case.layout])
-    dy, y_reused = torch.randn_like(x), torch.empty_like(x)
-    channels = case.shape[1]
-    peer = nn.BatchNorm2d(channels) if x.dim() == 4 else nn.BatchNorm1d(channels)
-    layers = {"syncbn": syncbn.SyncBatchNorm(channels), "torch": peer}
-    steps = {name: passes(layer, x, dy) for name, layer in layers.items()}
-    times = in_turns(
-        steps | {"copy": (lambda: y_reused.copy_(x),)}, rounds if x.numel() > 1e5 else 10 * rounds
-    )
-    copy_us = statistics.median(copy for (copy,) in times["copy"]) * 1e6
-    tensor = {"shape": case.shape, "dtype": case.dtype, "layout": case.layout, "threads": threads}
-    rows = []
-    for part, pass_ in enumerate(PASSES):
-        ours, theirs = ([each[part] for each in times[name]] for name in ("syncbn", "torch"))
-        us = {"syncbn_us": middle(ours, 1e3), "torch_us": middle(theirs, 1e3)}
-        ratio = {"ratio": summary(theirs, ours)[2]}
-        copies = {f"{key[:-3]}_copies": value[0] / copy_us for key, value in us.items()}
-        rows.append(tensor | {"pass": pass_} | us | ratio | copies)
-    return rows
-
-
-def middle(times: list[float], scale: float = 1) -> tuple[float, ...]:
-    """Median and half the interquartile distance; in milliseconds, or scale times as many."""
-    return tuple(scale * value for value in summary(times, times)[:2])
 
 
 def rank_rows(rank: int, rounds: int, quick: bool) -> list[dict[str, Any]]:
@@ -238,8 +202,9 @@ def main(
         raise click.ClickException("transformers is missing: pip install transformers")
     if mode == "layers":
         keep_freed_memory()
-        cases = [(case, n) for n in threads for case in (TOYS if quick else CASES)]
-        rows = [row for case, n in cases for row in measure(case, n, rounds)]
+        floor = floor_of(threads)
+        cases = [(case, n) for n in threads for case in (TOYS if quick else (*CASES, *LARGE))]
+        rows = [row for case, n in cases for row in measure(case, n, rounds, floor)]
         what = f"{', '.join(map(str, threads))} thread(s), {rounds} rounds"
     elif mode == "accuracy":
         rows = accuracy_rows(shape := (2, 4, 8, 8) if quick else (8, 4, 512, 512))

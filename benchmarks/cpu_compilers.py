@@ -6,10 +6,11 @@
     python benchmarks/cpu_compilers.py before.so after.so  # two libraries that are built already
 
 Each compiler builds the library into build/compilers. Two processes, one per library, then run the
-operators on cpu.py's tensors in turns of some milliseconds, and count their own processor time, so
-that whatever else the machine does meets both alike. Every repetition starts new processes, whose
-memory lies elsewhere, and takes the 10th percentile of an operator's calls. Figures are the medians
-over repetitions; of the ratio new / old also half the distance between the quartiles.
+operators on cpu.py's smaller tensors in turns of some milliseconds, and count their own processor
+time, so that whatever else the machine does meets both alike. Every repetition starts new
+processes, whose memory lies elsewhere, and takes the 10th percentile of an operator's calls.
+Figures are the medians over repetitions; of the ratio new / old also half the distance between the
+quartiles.
 """
 
 from __future__ import annotations
@@ -30,10 +31,11 @@ from typing import Any
 import click
 import torch
 
-from cpu import CASES, PASSES, TOYS, Case, keep_freed_memory, middle
+from cpu_layers import CASES, PASSES, TOYS, Case, middle
 from cpu_picture import report
 from syncbn import library
 from syncbn.diagnose.bench.options import LAYOUTS
+from syncbn.diagnose.bench.timing import keep_freed_memory
 from syncbn.kernels import native
 from syncbn.kernels.interface import Affine, Running
 

@@ -9,6 +9,11 @@ extern "C" __attribute__((visibility("default"))) const char* syncbn_instruction
   return syncbn::best_loopset().name;
 }
 
+// The bytes from which results ask for huge pages, or 0 where none does, for it too.
+extern "C" __attribute__((visibility("default"))) int64_t syncbn_least_for_huge_pages() {
+  return syncbn::asks_for_huge_pages ? syncbn::least_for_huge_pages : 0;
+}
+
 STABLE_TORCH_LIBRARY(syncbn, m) {
   m.def("measure(Tensor x) -> Tensor");
   m.def(

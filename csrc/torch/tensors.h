@@ -5,6 +5,7 @@
 
 #include "loops/isa.h"
 #include "plan/geometry.h"
+#include "plan/huge_pages.h"
 #include "steps/steps.h"
 #include "torch/checks.h"
 
@@ -25,7 +26,11 @@ inline Tensor allocate(const int64_t* sizes, const int64_t* strides, int64_t dim
                                         0, &handle) == AOTI_TORCH_SUCCESS,
                "sync_batch_norm: expected memory for a result of shape ", shape_text(dims, sizes),
                ", got none from torch, which says why above; take a smaller batch");
-  return Tensor(handle);
+  Tensor result(handle);
+  int64_t bytes;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_size(handle, &bytes));
+  ask_for_huge_pages(result.data_ptr(), bytes);
+  return result;
 }
 
 // What torch.empty_like gives. The stable ABI has that too, through the dispatcher, which takes

@@ -1,16 +1,24 @@
-"""What `syncbn info` shows: versions, devices, engines of communication and kernels."""
+"""What `syncbn info` shows: versions, devices, engines of communication, kernels and memory."""
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
+import sys
+from pathlib import Path
 
 import torch
 
+from . import library
 from .comm.memory import unavailable
 from .comm.process_group import EXCHANGES
-from .kernels import describe
+from .kernels import describe, native
 from .versions import versions
+
+SETTING = Path("/sys/kernel/mm/transparent_hugepage/enabled")  # "always [madvise] never"
+STATUS = Path("/proc/self/status")
+VARIABLE = "THP_MEM_ALLOC_ENABLE"  # torch's own
 
 
 def show(*, as_json: bool) -> None:
@@ -40,6 +48,7 @@ def facts() -> dict[str, dict[str, str]]:
         "devices": devices,
         "engines": _engines(),
         "kernels": describe(),
+        "memory": huge_pages(),
     }
 
 
@@ -69,3 +78,45 @@ def _exchange() -> str:
     if why := unavailable():
         return f"torch, for {why}"
     return "shared_memory among processes of one host that can share it, else torch"
+
+
+def huge_pages() -> dict[str, str]:
+    """Huge pages for the CPU: who gets them, and what torch's variable would bring."""
+    setting, words = _setting()
+    ours, torchs = "get none", "which changes nothing here"
+    if setting == "always":
+        ours = "get them, as all large memory does"
+    elif setting == "madvise":
+        least = _least_for_huge_pages()
+        ours = f"of {least >> 20} MiB and more ask for them" if least else "do not ask for them"
+        torchs = (
+            "with 1, torch asks for all its CPU tensors of 2 MiB and more: other layers take less "
+            "time where results are large, but more where they are of some MiB"
+        )
+    value = os.environ.get(VARIABLE)
+    said = "not set" if value is None else f"set to {value!r}"
+    return {"huge pages": words, "results of syncbn": ours, VARIABLE: f"{said}; {torchs}"}
+
+
+def _setting() -> tuple[str, str]:
+    """The system's setting, or nothing where there can be no huge pages; and in words."""
+    if sys.platform != "linux":
+        return "", f"none: the system is {sys.platform}, and only Linux can be asked for them"
+    if not SETTING.exists():
+        return "", f"none: this kernel has no {SETTING}"
+    if STATUS.exists() and "THP_enabled:\t0" in STATUS.read_text():
+        return "", "none: they are switched off for this process"
+    setting = SETTING.read_text().partition("[")[2].partition("]")[0]
+    words = {"always": "for all large memory", "madvise": "for memory that asks for them"}
+    if setting not in words:
+        return "", f"none: {SETTING} says {setting}"
+    return setting, f"{words[setting]} ({setting})"
+
+
+def _least_for_huge_pages() -> int:
+    """The bytes from which results of the kernels that serve the CPU ask; 0 where none does."""
+    if not describe()["cpu"].startswith(native.NAME):
+        return 0
+    size = ctypes.CDLL(str(library.LIBRARY)).syncbn_least_for_huge_pages
+    size.restype = ctypes.c_int64
+    return int(size())

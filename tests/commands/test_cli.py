@@ -111,7 +111,7 @@ def test_help_and_version(capsys: pytest.CaptureFixture[str]) -> None:
 def test_info_names_what_serves_here(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["info", "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)
-    assert list(facts) == ["versions", "devices", "engines", "kernels"]
+    assert list(facts) == ["versions", "devices", "engines", "kernels", "memory"]
     assert "threads" in facts["devices"]["cpu"]
     assert {"gloo", "nccl", "ucc", "mpi", "shared memory", "CPU exchange"} == set(facts["engines"])
     assert set(facts["kernels"]) == {"cpu", "cuda"}
@@ -121,6 +121,7 @@ def test_info_names_what_serves_here(capsys: pytest.CaptureFixture[str]) -> None
     out = capsys.readouterr().out
     assert facts["versions"]["torch"] in out
     assert facts["kernels"]["cpu"] in out
+    assert facts["memory"]["huge pages"] in out
 
 
 WITHOUT = """

@@ -1,14 +1,19 @@
-"""benchmarks/cpu.py and cpu_compilers.py run at toy size; what they print and draw is complete."""
+"""benchmarks/cpu*.py and huge_pages.py run at toy size; what they print and draw is complete."""
 
 from __future__ import annotations
 
 import json
+import shutil
+import sys
 
 import pytest
+import torch
 
+from support import oracle
 from support.kernels import needs_native
 from support.paths import ROOT
 from support.scripts import Ended, execute
+from syncbn.diagnose.bench.options import LAYOUTS
 
 FOLDER = ROOT / "benchmarks"
 
@@ -35,6 +40,10 @@ def test_layers(tmp_path):
         (*kind, n, pass_) for kind in kinds for n in (1, 2) for pass_ in ("forward", "backward")
     }
     assert all(min(*row["syncbn_us"][:1], row["ratio"], row["torch_copies"]) > 0 for row in rows)
+    floors = [row for row in rows if "over_floor" in row]
+    compiled = bool(shutil.which("c++"))
+    assert [(row["dtype"], row["threads"]) for row in floors] == [("float32", 1)] * 2 * compiled
+    assert all(row["over_floor"] > 0 for row in floors)
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
@@ -105,3 +114,38 @@ def test_compilers_refuses_what_is_not_there():
     result = run("no-such-g++", "g++", script="cpu_compilers.py")
     assert result.code == 2
     assert "no-such-g++ is not here" in result.stderr
+
+
+@pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler")
+@pytest.mark.parametrize(
+    ("shape", "layout"),
+    [((2, 3, 4, 5), "contiguous"), ((2, 3, 4, 5), "channels_last"), ((9, 3), "contiguous")],
+)
+def test_the_floor_is_a_batch_norm(monkeypatch, shape, layout):
+    """Of values around zero, of which plain sums are good enough."""
+    monkeypatch.syspath_prepend(str(FOLDER))
+    import cpu_floor
+
+    x = torch.randn(shape).contiguous(memory_format=LAYOUTS[layout])
+    dy = torch.randn_like(x)
+    forward, backward = cpu_floor.passes(cpu_floor.load(), x, dy)
+    expected = oracle.batch_norm(x, dy)
+    oracle.assert_close(forward(), expected.y, factor=10)
+    oracle.assert_close(backward(), expected.dx, factor=10)
+
+
+def test_layers_without_a_compiler_says_so(tmp_path):
+    options = ("layers", "--quick", "--json", "--rounds", "2", "--threads", "1")
+    (result,) = execute(FOLDER / "cpu.py", *options, PATH=str(tmp_path), CXX="")
+    assert result.code == 0
+    assert result.stderr == (
+        "no column of floors, which needs a C++ compiler: expected c++ or $CXX\n"
+    )
+    assert all("over_floor" not in row for row in json.loads(result.stdout)["rows"])
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs prctl")
+def test_huge_pages():
+    rows = rows_of("--rounds", "2", script="huge_pages.py")
+    assert [row["pass"] for row in rows] == ["forward", "backward"]
+    assert all(row["small_over_huge"] > 0 for row in rows)

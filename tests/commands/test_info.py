@@ -1,0 +1,52 @@
+"""What `syncbn info` says of systems that are not this one."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from syncbn import info
+from syncbn.kernels import describe
+
+COMPILED = describe()["cpu"].startswith("native")
+ASKED = "of 32 MiB and more ask for them" if COMPILED else "do not ask for them"
+
+
+@pytest.mark.parametrize(
+    ("setting", "words", "ours"),
+    [
+        ("[always] madvise never", "for all large memory (always)", "get them, as all large"),
+        ("always [madvise] never", "for memory that asks for them (madvise)", ASKED),
+        ("always madvise [never]", "none: {} says never", "get none"),
+        (None, "none: this kernel has no {}", "get none"),
+    ],
+)
+def test_who_gets_huge_pages(
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    setting: str | None,
+    words: str,
+    ours: str,
+) -> None:
+    monkeypatch.setattr(sys, "platform", "linux")
+    monkeypatch.setattr(info, "SETTING", tmp_path / "enabled")
+    monkeypatch.setattr(info, "STATUS", tmp_path / "status")
+    monkeypatch.delenv(info.VARIABLE, raising=False)
+    if setting:
+        info.SETTING.write_text(setting + "\n")
+    said = info.huge_pages()
+    assert said["huge pages"] == words.format(info.SETTING)
+    assert said["results of syncbn"].startswith(ours)
+    asks = "asks for all its CPU tensors" in said[info.VARIABLE]
+    assert said[info.VARIABLE].startswith("not set; ")
+    assert asks == ("[madvise]" in (setting or ""))
+    monkeypatch.setenv(info.VARIABLE, "1")
+    assert info.huge_pages()[info.VARIABLE].startswith("set to '1'; ")
+    info.STATUS.write_text("Name:\tpython\nTHP_enabled:\t0\n")
+    if setting:
+        off = "none: they are switched off for this process"
+        assert info.huge_pages()["huge pages"] == off
+    monkeypatch.setattr(sys, "platform", "darwin")
+    assert info.huge_pages()["huge pages"].startswith("none: the system is darwin")
