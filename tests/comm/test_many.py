@@ -20,6 +20,7 @@ from support.in_threads import attempts, in_threads
 from support.many import as_many
 from syncbn.comm import Caller, Communicator, resolve, sums
 from syncbn.comm.headers import MAY, WANTS
+from syncbn.diagnose.monitor.exchanging import ExchangeTime, measure_exchange
 
 CHANNELS = 5
 
@@ -311,3 +312,17 @@ def test_a_gradient_that_some_cannot_follow():
     assert all(isinstance(error, syncbn.DesyncError) for error in found)
     assert "gradients off" in found[0].ranks[0]
     assert "wanted" in found[0].ranks[2]
+
+
+def test_a_monitor_asks_what_sums_cost():
+    """Of which a layer of many ranks takes three, of 5C numbers."""
+
+    def measured(comm):
+        with mock.patch.object(comm, "all_gather", side_effect=AssertionError):
+            return measure_exchange(comm, torch.device("cpu"))
+
+    with as_many():
+        found = in_threads(3, measured)
+    assert {each.forward for each in found} == {2}
+    assert ExchangeTime(1.0, 0.1, forward=2).of_layer(10) == pytest.approx(3 + 0.1 * 50)
+    assert ExchangeTime(1.0, 0.1).of_layer(10) == pytest.approx(2 + 0.1 * 40)

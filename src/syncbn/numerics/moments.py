@@ -72,9 +72,8 @@ def merge_by_sums(own: Moments, add: Callable[[Tensor], Tensor]) -> Moments:
     near = sums[1:] / divisor
     distance = own.mean - near
     weighted = own.count * distance  # n·δ first: zero stays zero
-    lacking, m2 = add(torch.stack((weighted, own.m2 + weighted * distance)))
-    rest = lacking / divisor
-    rest = torch.where(rest.isfinite(), rest, 0.0)  # an infinite mean lacks nothing
+    lacking, m2 = add(torch.stack((weighted, torch.addcmul(own.m2, weighted, distance))))
+    rest = (lacking / divisor).nan_to_num(0.0, 0.0, 0.0)  # an infinite mean lacks nothing
     return Moments(count, near + rest, m2)
 
 

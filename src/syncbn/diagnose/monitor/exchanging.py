@@ -9,8 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ...comm import Caller, Communicator, Framed
+from ...comm import Caller, Communicator, Framed, are_many
 from ...comm.errors import DesyncError
+from ...comm.words import told
 from ...numerics.moments import wide_dtype
 
 _CALLER = Caller("observation", "syncbn.Monitor", named=True)
@@ -20,14 +21,20 @@ _ROUNDS = 5  # of which the first, which waits for the latest rank, does not cou
 
 @dataclass(frozen=True)
 class ExchangeTime:
-    """Seconds of one exchange: ``base``, and ``each`` for every number that a rank sends."""
+    """Seconds of one exchange: ``base``, and ``each`` for every number that a rank sends.
+
+    forward: exchanges of a layer's forward.
+    """
 
     base: float = 0.0
     each: float = 0.0
+    forward: int = 1
 
     def of_layer(self, channels: int) -> float:
-        """Seconds that a synchronised layer's step exchanges: once forward, once backward."""
-        return 2 * (self.base + self.each * 2 * channels)
+        """Seconds that a synchronised layer's step exchanges: in forward 2C numbers, or C and 2C
+        in two; in backward 2C in one.
+        """
+        return (self.forward + 1) * self.base + self.each * (self.forward + 3) * channels
 
 
 def gather(comm: Communicator, numbers: Tensor) -> Tensor:
@@ -37,21 +44,29 @@ def gather(comm: Communicator, numbers: Tensor) -> Tensor:
     return comm.all_gather(numbers)
 
 
+def add(comm: Communicator, numbers: Tensor) -> Tensor:
+    """The same for the sum of them (n,)."""
+    if isinstance(comm, Framed):
+        return comm.reduce(numbers, _CALLER, 0).rows
+    return comm.all_reduce(numbers)
+
+
 def measure_exchange(comm: Communicator, device: torch.device) -> ExchangeTime:
     """The median of a few exchanges of two sizes. Every rank must make this call; waits for it."""
     if comm.size == 1:
         return ExchangeTime()
     small, large = (_median(comm, device, size) for size in _SIZES)
     each = max(0.0, (large - small) / (_SIZES[1] - _SIZES[0]))
-    return ExchangeTime(max(0.0, small - each * _SIZES[0]), each)
+    forward = 2 if are_many(comm.size) else 1
+    return ExchangeTime(max(0.0, small - each * _SIZES[0]), each, forward)
 
 
 def _median(comm: Communicator, device: torch.device, size: int) -> float:
     numbers = torch.zeros(size, dtype=wide_dtype(device), device=device)
-    times = []
+    times, send = [], add if are_many(comm.size) else gather
     for _ in range(_ROUNDS):
         start = time.perf_counter()
-        gather(comm, numbers)
+        send(comm, numbers)
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         times.append(time.perf_counter() - start)
@@ -76,9 +91,8 @@ def check_step(comm: Communicator, device: torch.device, step: int, every: int) 
             rank: f"step {int(step)}, every {int(every)}"
             for rank, (step, every) in enumerate(said.tolist())
         }
-        listed = "; ".join(f"rank {rank}: {text}" for rank, text in texts.items())
         raise DesyncError(
-            f"Monitor: ranks observe different steps: {listed}; make it on all ranks at the same "
-            "step, with the same every=, and call the model equally often on all",
+            f"Monitor: ranks observe different steps: {told(texts)}; make it on all ranks at the "
+            "same step, with the same every=, and call the model equally often on all",
             ranks=texts,
         )
