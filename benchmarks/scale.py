@@ -32,7 +32,7 @@ from tabular import print_table
 
 NUMBER = 8  # bytes of a float64
 SHOWN = (8, 64, 512, 4096, 100_000)
-RANKS = (*(2**k for k in range(1, 7)), 65, 96, *(2**k for k in range(7, 17)), 100_000)
+RANKS = (*(2**k for k in range(1, 7)), 96, *(2**k for k in range(7, 17)), 100_000)
 
 
 @dataclass(frozen=True)
