@@ -4,7 +4,7 @@
 
 // How many rows are summed in the arithmetic's own precision before the sums go on in double.
 constexpr int64_t row_block = 32;
-constexpr int64_t first_rows = row_block / 4;  // see first_chunk in streams.h
+constexpr int64_t first_rows = row_block / 4;  // see first_chunk in contiguous.h
 
 // Whether to take several rows at a time, which saves loads of per-channel numbers. Memory is
 // fastest read from end to end: several narrow rows still are, and rows of a page or more are

@@ -101,12 +101,8 @@ SYNCBN_INLINE void store(Half* p, Vector<float> v) {
 }
 #endif
 
-// Two vectors at a time, of 2·lanes elements. A type may have an order of its own for them: of
+// Two vectors of elements, 2·lanes of them. A type may have an order of its own for them: of
 // bfloat16 it takes fewer instructions to widen the even elements, then the odd ones.
-template <class R>
-struct Pair {
-  Vector<R> a, b;
-};
 template <class T>
 SYNCBN_INLINE Pair<Real<T>> load_pair(const T* p) {
   return {load(p), load(p + lanes<Real<T>>)};
@@ -129,28 +125,16 @@ SYNCBN_INLINE void store_pair(BFloat16* p, const Pair<float>& v) {
 // Per-channel numbers for a pair of elements of type T: load_channels<T>(p) gives them in the order
 // of load_pair(T*).
 template <int... i>
-SYNCBN_INLINE Vector<float> shuffled(const Vector<float>& a, const Vector<float>& b) {
-#ifdef __clang__
-  return __builtin_shufflevector(a, b, i...);
-#else  // Clang's name for it came with GCC 12
-  return __builtin_shuffle(a, b, Bits{i...});
-#endif
-}
-template <int... i>
-SYNCBN_INLINE Pair<float> split(const Pair<float>& v, std::integer_sequence<int, i...>) {
-  return {shuffled<2 * i...>(v.a, v.b), shuffled<2 * i + 1 ...>(v.a, v.b)};
-}
-template <int... i>
 SYNCBN_INLINE Pair<float> join(const Pair<float>& v, std::integer_sequence<int, i...>) {
   constexpr int w = sizeof...(i);
-  return {shuffled<(i / 2 + i % 2 * w)...>(v.a, v.b),
-          shuffled<(w / 2 + i / 2 + i % 2 * w)...>(v.a, v.b)};
+  return {shuffled<float, (i / 2 + i % 2 * w)...>(v.a, v.b),
+          shuffled<float, (w / 2 + i / 2 + i % 2 * w)...>(v.a, v.b)};
 }
 template <class T>
 SYNCBN_INLINE Pair<Real<T>> load_channels(const Real<T>* p) {
   const Pair<Real<T>> v = load_pair(p);
   if constexpr (std::is_same_v<T, BFloat16>)
-    return split(v, std::make_integer_sequence<int, lanes<float>>{});
+    return split(v);
   else
     return v;
 }
@@ -165,6 +149,7 @@ SYNCBN_INLINE void store_channels(Real<T>* p, const Pair<Real<T>>& v) {
 // One element, converted as vectors are.
 template <class T>
 SYNCBN_INLINE Real<T> first_of(const T* p) {
+  if constexpr (std::is_same_v<T, Real<T>>) return *p;
   T some[lanes<Real<T>>] = {};
   __builtin_memcpy(some, p, sizeof(T));
   return load(some)[0];
@@ -242,3 +227,10 @@ SYNCBN_INLINE void store_some(float* p, int64_t n, Vector<float> v) {
   _mm256_maskstore_ps(p, first_lanes(n), (__m256)v);
 }
 #endif
+
+// Whether those are single instructions, and so faster than a whole vector that crosses what is
+// stored before it.
+template <class T>
+constexpr bool masked = SYNCBN_AVX == 512   ? sizeof(T) >= 4
+                        : SYNCBN_AVX == 256 ? std::is_same_v<T, float>
+                                            : false;

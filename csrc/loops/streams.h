@@ -2,45 +2,43 @@
 //
 // Included once per instruction set, inside its namespace (see loops.h).
 
-// How many elements are summed in the arithmetic's own precision before the sum goes on in double:
-// 32 for each lane of the four vectors of sums, which keeps the statistics' rounding below 1e-6.
-constexpr int64_t block = 32 * 4 * SYNCBN_VECTOR_BYTES / 4;
-// Values are summed about a shift near their mean. The first chunk of a channel's values is read
-// twice: its own mean is the shift. Each later chunk takes the mean so far, and has up to four
-// times as many values as came before. That loses nothing: the square of the distance between that
-// mean and the chunk's own enters M2 itself, with a weight of n/5 or more for a chunk of n values.
-constexpr int64_t first_chunk = 1024;
-constexpr int64_t largest_chunk = 16384;
+// How many values a lane adds up in the arithmetic's own precision before the sum goes on in
+// double, which keeps the statistics' rounding below 1e-6. A block is what four vectors of sums
+// take.
+constexpr int64_t terms = 32;
+constexpr int64_t sums_width = 4 * SYNCBN_VECTOR_BYTES / 4;
+constexpr int64_t block = terms * sums_width;
 
-struct Sums {
-  double first, second;
-};
+// Channels that are summed one after the other, and whose vectors of sums are then added up side by
+// side: a vector of floats on every processor.
+constexpr int64_t channel_group = 16;
 
 // Part of a tile: `planes` runs of `length` positions, the same in consecutive planes.
 struct Run {
   int64_t outer, inner, length, planes;
+
+  SYNCBN_INLINE int64_t size() const { return length * planes; }
 };
 
 SYNCBN_INLINE Run first_run(const View& x, int64_t position) {
   return {position / x.inner, position % x.inner, 0, 1};
 }
 
-// Calls body(run) for runs that make up positions [begin, end). Short whole planes come several at
-// a time, up to most() elements.
+// Calls body(run) for runs that make up positions [begin, end), of up to most() elements. Short
+// whole planes come as many at a time as make up a block.
 template <class Most, class Body>
 SYNCBN_INLINE void for_runs(const View& x, int64_t begin, int64_t end, Most most, Body body) {
+  const int64_t together = terms / ((x.inner + sums_width - 1) / sums_width);
   Run run = first_run(x, begin);
   for (int64_t left = end - begin; left > 0;) {
-    const int64_t bound = most();
-    run.length = x.inner - run.inner < left ? x.inner - run.inner : left;
-    if (run.length > bound) run.length = bound;
+    int64_t bound = most();
+    if (bound > left) bound = left;
+    run.length = x.inner - run.inner < bound ? x.inner - run.inner : bound;
     run.planes = 1;
-    if (run.length == x.inner) {
-      const int64_t whole = left / x.inner, some = (bound < block ? bound : block) / x.inner;
-      run.planes = some < 1 ? 1 : whole < some ? whole : some;
-    }
+    if (run.length == x.inner && together > 1)
+      run.planes = bound / x.inner < together ? bound / x.inner : together;
     body(run);
-    left -= run.length * run.planes;
+    left -= run.size();
     run.inner += run.length;
     if (run.inner == x.inner) {
       run.inner = 0;
@@ -49,35 +47,53 @@ SYNCBN_INLINE void for_runs(const View& x, int64_t begin, int64_t end, Most most
   }
 }
 
-// Adds up the pairs of terms that a stream yields. A stream has pair(i, first, second), which adds
-// those of the 2·lanes elements from i on to two vectors each, and one(i, n, first, second), which
-// adds those of n ≤ lanes elements.
+// Adds up, over positions [begin, end) of some planes, the pairs of terms that a stream yields. A
+// stream has pair(i, first, second), which adds those of the 2·lanes elements from i on to two
+// vectors each, and one(i, n, first, second), which adds those of n ≤ lanes elements.
 template <class R, class Stream>
-SYNCBN_INLINE Sums sum_stream(int64_t length, int64_t planes, Stream stream) {
+SYNCBN_INLINE void sum_block(const Stream& stream, int64_t begin, int64_t end, int64_t planes,
+                             Vector<R>& total1, Vector<R>& total2) {
   constexpr int64_t w = lanes<R>;
-  Sums sums{0, 0};
-  for (int64_t start = 0; start < length; start += block) {
-    const int64_t end = length - start < block ? length : start + block;
-    Vector<R> first[4] = {}, second[4] = {};
-    for (int64_t plane = 0; plane < planes; ++plane) {
-      const auto here = stream.plane(plane);
-      int64_t i = start;
-      for (; i + 4 * w <= end; i += 4 * w) {
-        here.pair(i, first, second);
-        here.pair(i + 2 * w, first + 2, second + 2);
-      }
-      if (i + 2 * w <= end) {
-        here.pair(i, first, second);
-        i += 2 * w;
-      }
-      if (i + w <= end) {
-        here.one(i, w, first[2], second[2]);
-        i += w;
-      }
-      if (i < end) here.one(i, end - i, first[3], second[3]);
+  const int64_t rest = (end - begin) % (4 * w), many = end - rest, n = rest % w;
+  Vector<R> first[4] = {}, second[4] = {};
+  for (int64_t plane = 0; plane < planes; ++plane) {
+    const auto here = stream.plane(plane);
+    for (int64_t i = begin; i < many; i += 4 * w) {
+      here.pair(i, first, second);
+      here.pair(i + 2 * w, first + 2, second + 2);
     }
-    sums.first += sum<R>((first[0] + first[1]) + (first[2] + first[3]));
-    sums.second += sum<R>((second[0] + second[1]) + (second[2] + second[3]));
+    if (rest & (2 * w)) here.pair(many, first, second);
+    if (rest & w) here.one(end - n - w, w, first[2], second[2]);
+    if (n > 0) here.one(end - n, n, first[3], second[3]);
   }
-  return sums;
+  total1 = (first[0] + first[1]) + (first[2] + first[3]);
+  total2 = (second[0] + second[1]) + (second[2] + second[3]);
+}
+
+// Puts the sum of each of n vectors in a number's place, or adds it to the number.
+template <class R>
+SYNCBN_INLINE void sum_vectors(const Vector<R>* v, int64_t n, bool add, double* to) {
+  constexpr int64_t w = lanes<R>;
+  int64_t q = 0;
+  for (; q + w <= n; q += w) {
+    R some[w];
+    store(some, sums<R>(v + q));
+    for (int64_t j = 0; j < w; ++j) to[q + j] = (add ? to[q + j] : 0) + some[j];
+  }
+  for (; q < n; ++q) to[q] = (add ? to[q] : 0) + sum<R>(v[q]);
+}
+
+// The sums over a run of the two terms of each of n ≤ channel_group channels; stream(q) yields
+// those of channel q. The second sums are left out where there is no place for them.
+template <class R, class StreamOf>
+SYNCBN_INLINE void sum_run(const Run& run, int64_t n, StreamOf stream, double* first,
+                           double* second) {
+  for (int64_t begin = 0; begin < run.length; begin += block) {
+    const int64_t end = run.length - begin < block ? run.length : begin + block;
+    Vector<R> firsts[channel_group], seconds[channel_group];
+    for (int64_t q = 0; q < n; ++q)
+      sum_block<R>(stream(q), begin, end, run.planes, firsts[q], seconds[q]);
+    sum_vectors<R>(firsts, n, begin > 0, first);
+    if (second) sum_vectors<R>(seconds, n, begin > 0, second);
+  }
 }

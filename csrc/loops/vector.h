@@ -89,3 +89,38 @@ template <class R>
 SYNCBN_INLINE R sum(const Vector<R>& v) {
   return Halves<R, SYNCBN_VECTOR_BYTES>::sum(v);
 }
+
+// Two vectors.
+template <class R>
+struct Pair {
+  Vector<R> a, b;
+};
+
+template <class R, int... i>
+SYNCBN_INLINE Vector<R> shuffled(const Vector<R>& a, const Vector<R>& b) {
+#ifdef __clang__
+  return __builtin_shufflevector(a, b, i...);
+#else  // Clang's name for it came with GCC 12
+  return __builtin_shuffle(a, b, typename VectorOf<R>::bits{i...});
+#endif
+}
+template <class R, int... i>
+SYNCBN_INLINE Pair<R> split(const Pair<R>& v, std::integer_sequence<int, i...>) {
+  return {shuffled<R, 2 * i...>(v.a, v.b), shuffled<R, 2 * i + 1 ...>(v.a, v.b)};
+}
+// The even elements of both, then the odd ones.
+template <class R>
+SYNCBN_INLINE Pair<R> split(const Pair<R>& v) {
+  return split<R>(v, std::make_integer_sequence<int, lanes<R>>{});
+}
+
+// The sums of the elements of each of n vectors, in lanes/n parts, in the order of the vectors.
+template <class R, int64_t n = lanes<R>>
+SYNCBN_INLINE Vector<R> sums(const Vector<R>* v) {
+  if constexpr (n == 1) {
+    return v[0];
+  } else {
+    const Pair<R> parts = split(Pair<R>{sums<R, n / 2>(v), sums<R, n / 2>(v + n / 2)});
+    return parts.a + parts.b;
+  }
+}

@@ -103,7 +103,13 @@ inline Work make_work(const Loopset& set, Dtype dtype, Layout layout, View* view
   wanted = wanted < 1 ? 1 : wanted > 256 ? 256 : wanted;
   int64_t shortest;
   if (w.layout == Layout::planes) {
+    // Of short planes whole groups (loops/streams.h), not many more than the nearest cache holds.
     w.tile_columns = at_least_one(4096 / views[0].inner);
+    if (w.tile_columns >= vector_multiple) {
+      const int64_t held = 8192 / at_least_one(w.positions);
+      if (w.tile_columns > held) w.tile_columns = held;
+      w.tile_columns = at_least_one(w.tile_columns / vector_multiple) * vector_multiple;
+    }
     shortest = 8192;
   } else {
     w.tile_columns = widest_rows;

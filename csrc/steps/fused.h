@@ -57,13 +57,13 @@ inline void forward(const Parallel& parallel, const Work& w, const View& x, cons
     merge_segments(w, partial, base, begin, end);
     const int64_t n = end - begin;
     for (int64_t c = begin; c < end; ++c) mean[c] = partial.first[c];
-    update_running(running, begin, end, momentum, count, mean, partial.second);
     w.per_channel->inverse_deviation(n, count, partial.second + begin, eps, invstd + begin);
     const bool fits = w.per_channel->forward_coefficients(n, from_channel(values, begin),
                                                           from_channel(w, k, begin));
     for (int64_t s = w.segments - 1; s >= 0; --s)
       normalise_tile(w, x, y, w.tile(t, s), k, values, fits);
   });
+  update_running(running, 0, w.channels, momentum, count, mean, partial.second);
 }
 
 // Writes dx, and per channel Σdy and Σdy·x̂ into sums.
