@@ -156,6 +156,14 @@ def test_processes_in_number(ranks, size):
         check(case, results)
 
 
+@pytest.mark.parametrize("size", [3, 300])
+def test_no_gradient_flows_back_from_a_sum(size):
+    """What a user adds up may want one; collectives have no derivative."""
+    with as_many():
+        found = in_threads(2, lambda comm: comm.all_reduce(torch.ones(size, requires_grad=True)))
+    assert not any(total.requires_grad for total in found)
+
+
 class Own(Communicator):
     """Somebody's own communicator, which keeps the contract and no more."""
 
