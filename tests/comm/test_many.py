@@ -220,15 +220,19 @@ def test_derivatives_of_higher_order():
     torch.testing.assert_close(found, expected)
 
 
-def test_one_graph(ranks):
+@pytest.mark.parametrize(
+    ("backend", "reproducible"), [("aot_eager", False), ("aot_eager", True), ("inductor", True)]
+)
+def test_one_graph(ranks, backend, reproducible):
     x = torch.randn(8, 3)
     share = x.split([3, 5])
 
     def run(rank):
         with as_many():
-            layer = syncbn.SyncBatchNorm1d(3, process_group=dist.new_group())
+            group = dist.new_group()
+            layer = syncbn.SyncBatchNorm1d(3, process_group=group, reproducible=reproducible)
             own = share[rank].clone().requires_grad_()
-            call, counter = compiled(layer)
+            call, counter = compiled(layer, backend)
             y = call(own)
             y.pow(3).sum().backward()
             assert counter.frame_count == 1
