@@ -14,7 +14,7 @@ import syncbn
 from support.groups import group_over
 from support.in_threads import in_threads
 from support.mpijob import needs_mpi
-from syncbn.comm import waiting
+from syncbn.comm import waiting, words
 
 WIDTH = 4
 
@@ -150,8 +150,11 @@ def check(case, found, odd):
     assert sorted(said) == list(range(len(found)))
     for rank, (_, layer, _) in enumerate(found):
         assert CASES[case][rank == odd] in said[rank], said
-        assert f"rank {rank}: {said[rank]}" in text
         assert f"'{layer}'" in said[rank]
+    others = said[0 if odd else 1]
+    assert all(each == others for rank, each in said.items() if rank != odd)
+    assert f"{words.ranks(set(said) - {odd})}: {others}" in text
+    assert f"rank {odd}: {said[odd]}" in text
     assert "look for a branch that some ranks take" in text
 
 

@@ -22,7 +22,7 @@ from syncbn.comm import devices, groups, later, process_group
 from syncbn.comm import given as given_room
 from syncbn.kernels import triton
 from syncbn.kernels.triton import steps
-from syncbn.step import fused
+from syncbn.step import fused, identity
 
 WIDTH = 4
 
@@ -109,6 +109,29 @@ def test_many_tell_that_they_differ(ranks):
     for text, said in ranks(2, step):
         assert "called different collectives on a device: 2 ranks, too many to name, found" in text
         assert not said
+
+
+@pytest.mark.parametrize("differ", ["layers made before", "models around it"])
+@pytest.mark.parametrize("many", [False, True])
+def test_layers_of_other_models_are_one(ranks, many, differ):
+    """Numbers, and names that were found, may differ where the layer is the same."""
+
+    def step(rank):
+        def run():
+            if rank and differ == "layers made before":
+                syncbn.SyncBatchNorm1d(7)
+            layer = syncbn.SyncBatchNorm1d(WIDTH)
+            if differ == "models around it":
+                layer = nn.Sequential(layer)
+                layer = nn.Sequential(layer) if rank else layer
+            for _ in range(3):
+                layer(x()).sum().backward()
+
+        counter = mock.patch.object(identity, "_process", identity.Counter())
+        with counter, as_many() if many else nullcontext():
+            on_device(run)
+
+    ranks(2, step)
 
 
 def test_many_know_a_single_value(ranks):

@@ -156,6 +156,14 @@ def test_processes_in_number(ranks, size):
         check(case, results)
 
 
+@pytest.mark.parametrize("size", [3, 300])
+def test_no_gradient_flows_back_from_a_sum(size):
+    """What a user adds up may want one; collectives have no derivative."""
+    with as_many():
+        found = in_threads(2, lambda comm: comm.all_reduce(torch.ones(size, requires_grad=True)))
+    assert not any(total.requires_grad for total in found)
+
+
 class Own(Communicator):
     """Somebody's own communicator, which keeps the contract and no more."""
 
@@ -212,15 +220,19 @@ def test_derivatives_of_higher_order():
     torch.testing.assert_close(found, expected)
 
 
-def test_one_graph(ranks):
+@pytest.mark.parametrize(
+    ("backend", "reproducible"), [("aot_eager", False), ("aot_eager", True), ("inductor", True)]
+)
+def test_one_graph(ranks, backend, reproducible):
     x = torch.randn(8, 3)
     share = x.split([3, 5])
 
     def run(rank):
         with as_many():
-            layer = syncbn.SyncBatchNorm1d(3, process_group=dist.new_group())
+            group = dist.new_group()
+            layer = syncbn.SyncBatchNorm1d(3, process_group=group, reproducible=reproducible)
             own = share[rank].clone().requires_grad_()
-            call, counter = compiled(layer)
+            call, counter = compiled(layer, backend)
             y = call(own)
             y.pow(3).sum().backward()
             assert counter.frame_count == 1

@@ -14,9 +14,11 @@ HEAD = struct.Struct(f"={HEADER}q")
 
 
 def plain(tensor: Tensor) -> Tensor:
-    """The tensor, or a copy, as its numbers lie in memory, without gaps, on the CPU."""
+    """The tensor, or a copy, as its numbers lie in memory, without gaps, on the CPU; no gradient
+    flows back from it.
+    """
     lies_so = type(tensor) is Tensor and tensor.is_cpu and tensor.is_contiguous()
-    if lies_so and not (tensor.is_neg() or tensor.is_conj()):
+    if lies_so and not (tensor.is_neg() or tensor.is_conj() or tensor.requires_grad):
         return tensor
     return torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu").copy_(tensor.detach())
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from .frames import Call, Frames, Received
-from .headers import MAY, WANTS, Kind
+from .headers import MAY, NAMED, WANTS, Kind
 from .packing import frame_of, heads_of, rows_of, words_of
 
 if TYPE_CHECKING:
@@ -100,9 +100,10 @@ def added_words(kind: Kind, values: int, follows: bool) -> tuple[float, float, f
     """What a rank says in a sum of headers on a device, after whether it wants a gradient.
 
     values: how many values per channel it has, up to 2; follows: whether it could take part in a
-    backward. Fewer bits than on the CPU, and in one number what must be exact below 2¹⁷ ranks.
+    backward. Fewer bits than on the CPU, and in one number what must be exact below 2¹⁷ ranks. Of
+    layers, names that convert() gave alone: others may be one layer's, which no sum can tell.
     """
-    piece = kind.both % (1 << _WIDE)
+    piece = (kind.both if kind.layer & NAMED else kind.digest) % (1 << _WIDE)
     said = values + _SPEAKS + (0 if follows else _CANNOT)
     return float(piece), float(piece * piece), float(said)
 

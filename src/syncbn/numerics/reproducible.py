@@ -27,6 +27,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from ..tensors.operators import define
 from .moments import Moments
 
 WIDTH = 28  # bits of a slice
@@ -86,10 +87,35 @@ def union_by_sums(own: Tensor, add: Callable[[Tensor], Tensor]) -> Tensor:
     add: the sum over ranks of their tensors, called twice. The first finds the highest top, J: the
     sum of W powers Bᵗᵒᵖ is at least Bᴶ, and less than Bᴶ⁺¹ as long as W < B.
     """
-    powers = add(_power_of_two(_BASE * own[0]))
+    powers_of, below = _powers_of_tops, _below_top
+    if torch.compiler.is_compiling():  # inductor's C++ makes no doubles of bits
+        powers_of, below = torch.ops.syncbn.powers_of_tops, torch.ops.syncbn.below_top
+    rows = below(own, add(powers_of(own)))
+    return torch.cat((rows[:1], add(rows[1:])))
+
+
+def _powers_of_tops(own: Tensor) -> Tensor:
+    """Bᵗᵒᵖ (K,)."""
+    return _power_of_two(_BASE * own[0]).contiguous()
+
+
+def _below_top(own: Tensor, powers: Tensor) -> Tensor:
+    """What a set (6, K) is below the highest top of all, whose powers have these sums (K,)."""
     _, exponent = torch.frexp(powers)  # powers < 2^exponent
     top = (exponent.to(own.dtype) - 1).div(_BASE, rounding_mode="floor")
-    return torch.cat((top[None], add(torch.stack((*_slices_below(top, own), own[-1])))))
+    return torch.stack((top, *_slices_below(top, own), own[-1]))
+
+
+define(
+    "powers_of_tops(Tensor own) -> Tensor",
+    _powers_of_tops,
+    lambda own: own.new_empty(own.shape[1:]),
+)
+define(
+    "below_top(Tensor own, Tensor powers) -> Tensor",
+    _below_top,
+    lambda own, _: own.new_empty(own.shape),
+)
 
 
 def union_of_moments(own: Tensor, add: Callable[[Tensor], Tensor]) -> Tensor:
