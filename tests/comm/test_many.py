@@ -164,6 +164,13 @@ def test_no_gradient_flows_back_from_a_sum(size):
     assert not any(total.requires_grad for total in found)
 
 
+def test_integers_are_added_up_as_such():
+    wide = torch.tensor([2**60 + 1, -3])
+    with as_many():
+        found = in_threads(3, lambda comm: comm.all_reduce(wide))
+    assert all(torch.equal(total, 3 * wide) for total in found)
+
+
 class Own(Communicator):
     """Somebody's own communicator, which keeps the contract and no more."""
 

@@ -111,7 +111,7 @@ class Framed(Communicator):
     ) -> Received:
         """:meth:`all_gather`, and what each rank says beside it. layer: for graphs.py."""
         if begun := self.begin("all_gather", tensor, tensor.shape, tensor.dtype, caller, flags):
-            return devices.gather(self, prefixed(tensor, begun.prefix), begun)
+            return devices.gather(self, prefixed(tensor.detach(), begun.prefix), begun)
         rows, said = self._frames.exchange(self, "all_gather", tensor, caller, flags)
         return Received(rows if tensor.is_cpu else rows.to(tensor.device), said)
 
@@ -120,6 +120,7 @@ class Framed(Communicator):
     ) -> Received:
         """:meth:`all_reduce`, and what each rank says beside it. layer: for graphs.py."""
         if begun := self.begin("all_reduce", tensor, tensor.shape, tensor.dtype, caller, flags):
+            tensor = tensor.detach()
             message = prefixed(tensor, begun.prefix) if begun.prefix.room else tensor.clone()
             return devices.reduce(self, message, begun)
         total, said = self._frames.exchange(self, "all_reduce", tensor, caller, flags)

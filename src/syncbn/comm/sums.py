@@ -56,36 +56,58 @@ class Sums(Frames):
 
     def _deliver(self, comm: Framed, call: Call, content: Tensor) -> Received:
         adds, room = call.operation == "all_reduce", self._room()
-        numbers = torch.view_as_real(content) if content.is_complex() else content
-        words = numbers.numel() if adds else 0
+        numbers = _numbers_of(content) if adds else None
+        words = 0 if numbers is None else len(numbers)
         message = torch.zeros(HEADER + room, dtype=torch.float64, device="cpu")
         message[:HEADER] = torch.tensor(_header(call), dtype=torch.float64, device="cpu")
-        fits = words <= room
-        if fits:
-            message[HEADER : HEADER + words] = numbers.view(-1)[:words]
+        if numbers is not None and words <= room:
+            message[HEADER : HEADER + words] = numbers
         total = self.kept(comm._reduce, message, call.operation)
         said = tuple(total[:HEADER].tolist())
         if said not in self._known and not _are_one(said, comm.size):
-            frames = self.kept(comm._send, self._frame(call, message[:0]), call.operation)
-            self._compare(comm, heads_of(frames), call)
-            if len(self._known) > _KEPT:
-                self._known.clear()
-            self._known.add(said)
+            self._ask(comm, call)
+            self._know(said)
         self._agreed(call.kind, max(words, room))
         flags = [WANTS * bool(said[0]) | MAY * (not said[1])]
-        if not adds:
+        if numbers is None:
             frames = self.kept(comm._send, self._frame(call, content), call.operation)
-            return Received(rows_of(frames, content), flags)
-        if not fits:
-            total = self.kept(comm._reduce, numbers.to(torch.float64, copy=True), call.operation)
+            rows = rows_of(frames, content)
+            return Received(rows.sum(0, dtype=content.dtype) if adds else rows, flags)
+        if words > room:
+            total = self.kept(comm._reduce, numbers, call.operation)
         else:
             total = total[HEADER : HEADER + words]
-        total = total.view(numbers.shape)
-        total = torch.view_as_complex(total) if content.is_complex() else total
-        return Received(total.to(content.dtype), flags)
+        return Received(_like(content, total), flags)
+
+    def _ask(self, comm: Framed, call: Call) -> None:
+        """Compare headers as frames do: whole ones, of all ranks."""
+        nothing = torch.empty(0, dtype=torch.float64, device="cpu")
+        frames = self.kept(comm._send, self._frame(call, nothing), call.operation)
+        self._compare(comm, heads_of(frames), call)
+
+    def _know(self, said: tuple[float, ...]) -> None:
+        if len(self._known) > _KEPT:
+            self._known.clear()
+        self._known.add(said)
 
     def _frame(self, call: Call, content: Tensor) -> Tensor:
         return frame_of(self._head(call), content, words_of(content))
+
+
+def _numbers_of(content: Tensor) -> Tensor | None:
+    """What is added up: a copy as float64 (n,); None for integers, which that cannot hold."""
+    if content.is_complex():
+        content = torch.view_as_real(content)
+    elif not content.is_floating_point():
+        return None
+    return content.to(torch.float64, copy=True).view(-1)
+
+
+def _like(content: Tensor, numbers: Tensor) -> Tensor:
+    """Such numbers as a tensor like that one."""
+    if content.is_complex():
+        return torch.view_as_complex(numbers.view(*content.shape, 2)).to(content.dtype)
+    return numbers.view(content.shape).to(content.dtype)
 
 
 def _header(call: Call) -> list[float]:
