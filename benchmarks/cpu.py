@@ -32,7 +32,7 @@ from torch import Tensor, nn
 
 import cpu_floor
 import syncbn
-from cpu_layers import CASES, LARGE, TOYS, measure, middle
+from cpu_layers import BY_KIND, TOYS, measure, middle
 from cpu_picture import draw, environment, report
 from ranks import group_over_gloo, join_gloo, run_ranks
 from syncbn.comm.memory import unavailable
@@ -203,7 +203,7 @@ def main(
     if mode == "layers":
         keep_freed_memory()
         floor = floor_of(threads)
-        cases = [(case, n) for n in threads for case in (TOYS if quick else (*CASES, *LARGE))]
+        cases = [(case, n) for n in threads for case in (TOYS if quick else BY_KIND)]
         rows = [row for case, n in cases for row in measure(case, n, rounds, floor)]
         what = f"{', '.join(map(str, threads))} thread(s), {rounds} rounds"
     elif mode == "accuracy":

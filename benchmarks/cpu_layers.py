@@ -42,6 +42,9 @@ LARGE = tuple(
     for layout in ("contiguous", "channels_last")
     for shape in LARGE_SHAPES
 )
+BY_KIND = sorted(
+    (*CASES, *LARGE), key=lambda case: (case.dtype != "float32", case.layout != "contiguous")
+)
 TOYS = (Case((2, 3, 4, 5), "bfloat16", "channels_last"), Case((4, 3), "float32", "contiguous"))
 
 

@@ -228,7 +228,12 @@ def test_derivatives_of_higher_order():
 
 
 @pytest.mark.parametrize(
-    ("backend", "reproducible"), [("aot_eager", False), ("aot_eager", True), ("inductor", True)]
+    ("backend", "reproducible"),
+    [
+        ("aot_eager", False),
+        ("aot_eager", True),
+        pytest.param("inductor", True, marks=pytest.mark.slow),
+    ],
 )
 def test_one_graph(ranks, backend, reproducible):
     x = torch.randn(8, 3)
