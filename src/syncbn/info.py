@@ -18,6 +18,7 @@ from .versions import versions
 
 SETTING = Path("/sys/kernel/mm/transparent_hugepage/enabled")  # "always [madvise] never"
 STATUS = Path("/proc/self/status")
+UNKNOWN = "unknown"
 VARIABLE = "THP_MEM_ALLOC_ENABLE"  # torch's own
 
 
@@ -83,15 +84,20 @@ def _exchange() -> str:
 def huge_pages() -> dict[str, str]:
     """Huge pages for the CPU: who gets them, and what torch's variable would bring."""
     setting, words = _setting()
-    ours, torchs = "get none", "which changes nothing here"
-    if setting == "always":
+    ours = "get none"
+    torchs = (
+        "with 1, none of torch's CPU tensors gains by it, and those of some MiB may take longer"
+    )
+    if sys.platform != "linux":
+        torchs = "which changes nothing here"
+    elif setting == "always":
         ours = "get them, as all large memory does"
-    elif setting == "madvise":
+    elif setting in ("madvise", UNKNOWN):
         least = _least_for_huge_pages()
         ours = f"of {least >> 20} MiB and more ask for them" if least else "do not ask for them"
         torchs = (
             "with 1, torch asks for all its CPU tensors of 2 MiB and more: other layers take less "
-            "time where results are large, but more where they are of some MiB"
+            "time where results are large, but may take more where they are of some MiB"
         )
     value = os.environ.get(VARIABLE)
     said = "not set" if value is None else f"set to {value!r}"
@@ -102,15 +108,26 @@ def _setting() -> tuple[str, str]:
     """The system's setting, or nothing where there can be no huge pages; and in words."""
     if sys.platform != "linux":
         return "", f"none: the system is {sys.platform}, and only Linux can be asked for them"
-    if not SETTING.exists():
+    try:
+        setting = SETTING.read_text().partition("[")[2].partition("]")[0]
+    except FileNotFoundError:
         return "", f"none: this kernel has no {SETTING}"
-    if STATUS.exists() and "THP_enabled:\t0" in STATUS.read_text():
+    except OSError as error:  # as where a sandbox hides it
+        return UNKNOWN, f"unknown: cannot read {SETTING} ({error.strerror})"
+    if _switched_off():
         return "", "none: they are switched off for this process"
-    setting = SETTING.read_text().partition("[")[2].partition("]")[0]
     words = {"always": "for all large memory", "madvise": "for memory that asks for them"}
     if setting not in words:
         return "", f"none: {SETTING} says {setting}"
     return setting, f"{words[setting]} ({setting})"
+
+
+def _switched_off() -> bool:
+    """Whether this process gets none, as far as the kernel says so."""
+    try:
+        return b"THP_enabled:\t0" in STATUS.read_bytes()  # its name may be any bytes
+    except OSError:
+        return False
 
 
 def _least_for_huge_pages() -> int:

@@ -42,6 +42,7 @@ def test_who_gets_huge_pages(
     asks = "asks for all its CPU tensors" in said[info.VARIABLE]
     assert said[info.VARIABLE].startswith("not set; ")
     assert asks == ("[madvise]" in (setting or ""))
+    assert asks or "those of some MiB may take longer" in said[info.VARIABLE]
     monkeypatch.setenv(info.VARIABLE, "1")
     assert info.huge_pages()[info.VARIABLE].startswith("set to '1'; ")
     info.STATUS.write_text("Name:\tpython\nTHP_enabled:\t0\n")
@@ -49,4 +50,20 @@ def test_who_gets_huge_pages(
         off = "none: they are switched off for this process"
         assert info.huge_pages()["huge pages"] == off
     monkeypatch.setattr(sys, "platform", "darwin")
-    assert info.huge_pages()["huge pages"].startswith("none: the system is darwin")
+    said = info.huge_pages()
+    assert said["huge pages"].startswith("none: the system is darwin")
+    assert said[info.VARIABLE] == "set to '1'; which changes nothing here"
+
+
+def test_a_setting_that_cannot_be_read(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Results ask all the same."""
+    monkeypatch.setattr(sys, "platform", "linux")
+    monkeypatch.setattr(info, "SETTING", tmp_path)  # a folder
+    monkeypatch.setattr(info, "STATUS", tmp_path / "status")
+    said = info.huge_pages()
+    assert said["huge pages"] == f"unknown: cannot read {tmp_path} (Is a directory)"
+    assert said["results of syncbn"] == ASKED
+    info.STATUS.write_bytes(b"Name:\t\xe2\x82\nTHP_enabled:\t0\n")  # cut within a character
+    monkeypatch.setattr(info, "SETTING", tmp_path / "enabled")
+    info.SETTING.write_text("always [madvise] never\n")
+    assert info.huge_pages()["huge pages"] == "none: they are switched off for this process"
