@@ -204,7 +204,9 @@ def main(
         keep_freed_memory()
         floor = floor_of(threads)
         cases = [(case, n) for n in threads for case in (TOYS if quick else BY_KIND)]
-        rows = [row for case, n in cases for row in measure(case, n, rounds, floor)]
+        rows = [
+            row for case, n in cases for row in measure(case, threads=n, rounds=rounds, floor=floor)
+        ]
         what = f"{', '.join(map(str, threads))} thread(s), {rounds} rounds"
     elif mode == "accuracy":
         rows = accuracy_rows(shape := (2, 4, 8, 8) if quick else (8, 4, 512, 512))

@@ -48,7 +48,7 @@ BY_KIND = sorted(
 TOYS = (Case((2, 3, 4, 5), "bfloat16", "channels_last"), Case((4, 3), "float32", "contiguous"))
 
 
-def measure(case: Case, threads: int, rounds: int, floor: CDLL | None) -> list[dict[str, Any]]:
+def measure(case: Case, *, threads: int, rounds: int, floor: CDLL | None) -> list[dict[str, Any]]:
     """A row per pass. Small tensors get ten times the rounds; the first two rounds warm up."""
     torch.set_num_threads(threads)
     x = torch.randn(case.shape, dtype=getattr(torch, case.dtype))

@@ -46,7 +46,9 @@ def on_small_pages(run: Callable[[], Any]) -> Callable[[], None]:
     return run_without
 
 
-def measure(shape: tuple[int, ...], layout: str, threads: int, rounds: int) -> list[dict[str, Any]]:
+def measure(
+    shape: tuple[int, ...], layout: str, *, threads: int, rounds: int
+) -> list[dict[str, Any]]:
     """A row per pass."""
     torch.set_num_threads(threads)
     x = torch.randn(shape).contiguous(memory_format=LAYOUTS[layout])
@@ -77,7 +79,8 @@ def main(threads: tuple[int, ...], layout: str, rounds: int, quick: bool, as_jso
     if not hasattr(ctypes.CDLL(None), "prctl"):
         raise click.ClickException("expected Linux, where a process can switch huge pages off")
     shapes = [(2, 3, 4, 5)] if quick else [(n, *SIDE) for n in IMAGES]
-    rows = [row for n in threads for s in shapes for row in measure(s, layout, n, rounds)]
+    cases = [(n, shape) for n in threads for shape in shapes]
+    rows = [row for n, s in cases for row in measure(s, layout, threads=n, rounds=rounds)]
     variable = f"{info.VARIABLE}={os.environ.get(info.VARIABLE, '')}"
     said = info.huge_pages()["huge pages"]
     what = f"huge pages {said}, {variable}, float32, {rounds} rounds"
