@@ -3,8 +3,8 @@
 // Included once per instruction set, inside its namespace (see loops.h).
 
 // How many values a lane adds up in the arithmetic's own precision before the sum goes on in
-// double, which keeps the statistics' rounding below 1e-6. A block is what four vectors of sums
-// take.
+// double, which keeps the statistics' rounding near 1e-6 at most, and far below it as a rule. A
+// block is what four vectors of sums take.
 constexpr int64_t terms = 32;
 constexpr int64_t sums_width = 4 * SYNCBN_VECTOR_BYTES / 4;
 constexpr int64_t block = terms * sums_width;

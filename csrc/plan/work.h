@@ -103,7 +103,8 @@ inline Work make_work(const Loopset& set, Dtype dtype, Layout layout, View* view
   wanted = wanted < 1 ? 1 : wanted > 256 ? 256 : wanted;
   int64_t shortest;
   if (w.layout == Layout::planes) {
-    // Of short planes whole groups (loops/streams.h), not many more than the nearest cache holds.
+    // Of short planes whole groups (channel_group of loops/streams.h), more than one of them only
+    // where the nearest cache holds it all.
     w.tile_columns = at_least_one(4096 / views[0].inner);
     if (w.tile_columns >= vector_multiple) {
       const int64_t held = 8192 / at_least_one(w.positions);

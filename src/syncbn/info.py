@@ -108,8 +108,11 @@ def _setting() -> tuple[str, str]:
     """The system's setting, or nothing where there can be no huge pages; and in words."""
     if sys.platform != "linux":
         return "", f"none: the system is {sys.platform}, and only Linux can be asked for them"
+    own = SETTING.parent / "hugepages-2048kB" / SETTING.name  # of this size, since Linux 6.8
     try:
-        setting = SETTING.read_text().partition("[")[2].partition("]")[0]
+        inherits = not own.exists() or _chosen(own) == "inherit"
+        where = SETTING if inherits else own
+        setting = _chosen(where)
     except FileNotFoundError:
         return "", f"none: this kernel has no {SETTING}"
     except OSError as error:  # as where a sandbox hides it
@@ -118,8 +121,13 @@ def _setting() -> tuple[str, str]:
         return "", "none: they are switched off for this process"
     words = {"always": "for all large memory", "madvise": "for memory that asks for them"}
     if setting not in words:
-        return "", f"none: {SETTING} says {setting}"
+        return "", f"none: {where} says {setting}"
     return setting, f"{words[setting]} ({setting})"
+
+
+def _chosen(setting: Path) -> str:
+    """The word in brackets."""
+    return setting.read_text().partition("[")[2].partition("]")[0]
 
 
 def _switched_off() -> bool:

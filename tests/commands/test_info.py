@@ -67,3 +67,17 @@ def test_a_setting_that_cannot_be_read(monkeypatch: pytest.MonkeyPatch, tmp_path
     monkeypatch.setattr(info, "SETTING", tmp_path / "enabled")
     info.SETTING.write_text("always [madvise] never\n")
     assert info.huge_pages()["huge pages"] == "none: they are switched off for this process"
+
+
+@pytest.mark.parametrize("own", ["[inherit]", "[never]"])
+def test_pages_of_this_size_may_have_a_setting_of_their_own(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, own: str
+) -> None:
+    monkeypatch.setattr(sys, "platform", "linux")
+    monkeypatch.setattr(info, "SETTING", tmp_path / "enabled")
+    info.SETTING.write_text("always [madvise] never\n")
+    place = tmp_path / "hugepages-2048kB" / "enabled"
+    place.parent.mkdir()
+    place.write_text(f"always {own} madvise\n")
+    words = "for memory that asks for them (madvise)" if own == "[inherit]" else f"none: {place}"
+    assert info.huge_pages()["huge pages"].startswith(words)
