@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import runpy
 import socket
@@ -43,7 +44,7 @@ def execute(
             for rank, files in enumerate(said):
                 own = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
                 variables = environment | own if ranks > 1 else environment
-                task = (program, arguments, variables, files)
+                task = (program, arguments, variables, files, timeout)
                 running.append(CONTEXT.Process(target=_run, args=task))
                 running[-1].start()
             deadline = time.monotonic() + timeout
@@ -80,11 +81,17 @@ def run_script(path: Path, ranks: int = 1) -> None:
 
 
 def _run(
-    program: str | Path, arguments: tuple[str, ...], variables: dict[str, str], files: list[Path]
+    program: str | Path,
+    arguments: tuple[str, ...],
+    variables: dict[str, str],
+    files: list[Path],
+    timeout: float,
 ) -> None:
     for descriptor, file in enumerate(files, 1):
         with file.open("w") as opened:
             os.dup2(opened.fileno(), descriptor)
+    # Where it hangs, before it is killed.
+    faulthandler.dump_traceback_later(0.9 * timeout, file=sys.stderr)
     os.environ.update(variables)
     fork_on()
     sys.argv = [str(program), *arguments]
