@@ -13,8 +13,13 @@ import time
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from support.processes import CONTEXT, fork_on
+
+# What programs leave, up to the end of their process, which frees nothing: to free a group of
+# gloo's may wait for its thread, which may wait for the interpreter's lock.
+_kept: list[dict[str, Any]] = []
 
 
 @dataclass(frozen=True)
@@ -96,10 +101,11 @@ def _run(
     fork_on()
     sys.argv = [str(program), *arguments]
     if isinstance(program, str):
-        exec(compile(program, "<program>", "exec"), {"__name__": "__main__"})
+        _kept.append({"__name__": "__main__"})
+        exec(compile(program, "<program>", "exec"), _kept[-1])
         return
     os.chdir(program.parent)
     sys.path.insert(0, str(program.parent))
     if "RANK" not in variables:
         warnings.simplefilter("error", UserWarning)
-    runpy.run_path(str(program), run_name="__main__")
+    _kept.append(runpy.run_path(str(program), run_name="__main__"))
