@@ -77,9 +77,7 @@ class ProcessGroup(Framed):
 
     @property
     def _frames(self) -> Frames:
-        if self.group not in _FRAMES:
-            _FRAMES[self.group] = calls_on(self)
-        return _FRAMES[self.group]
+        return _FRAMES.get(self.group) or _FRAMES.setdefault(self.group, calls_on(self))
 
     def _notes(self) -> Notes:
         return StoreNotes(store_of(self.group, self.group.group_name))
